@@ -1,0 +1,26 @@
+"""Per-sample gradients, Jacobians and curvature on every parameter of a PyTorch model, from one backward.
+
+    with hookjac.extend(model):
+        loss.backward()
+    # p.grad_sample [N, *p], p.jac [N, *out, *p], p.hess_diag [*p]
+"""
+
+from hookjac import layers as layers
+from hookjac.errors import HookjacError
+from hookjac.extend import extend
+from hookjac.quantity import GGNDiag, GradSample, HessDiag, Jac, Quantity
+from hookjac.rule import Rule, register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GGNDiag",
+    "GradSample",
+    "HessDiag",
+    "HookjacError",
+    "Jac",
+    "Quantity",
+    "Rule",
+    "extend",
+    "register",
+]

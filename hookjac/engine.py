@@ -1,0 +1,269 @@
+"""The walk: columns from the loss and the outputs down to the parameters, and what each parameter makes of them.
+
+It knows neither layers nor quantities: rules answer for layers, autograd's nodes for all else, quantities say
+which columns they want and reduce what arrives.
+
+V columns · N samples · K = V N columns with one sample's rows each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hookjac.curvature import Bundle, Roads, by_products, choose, cut, loss_hessian, unit_columns
+from hookjac.errors import HookjacError
+from hookjac.factor import Dense, Factor, add
+from hookjac.graph import Edge, edge_of, meta
+from hookjac.plan import Plan
+from hookjac.products import diagonal
+from hookjac.quantity import Quantity, Received
+from hookjac.route import Columns, Group, Stop, accumulate, walk
+
+_CHUNK = 1 << 24  # entries of one tensor of masked columns
+
+Results = dict[int, dict[str, Tensor]]  # id of a parameter -> quantity -> value
+
+
+@dataclass(eq=False)
+class Receipt:
+    """What one parameter has received so far."""
+
+    factors: dict[Group, Factor] = field(default_factory=dict)
+    open: int = 0  # uses that have not reported yet
+
+    def take(self, group: Group, factor: Factor) -> None:
+        self.factors[group] = add(self.factors[group], factor) if group in self.factors else factor
+
+
+class Walk:
+    """One backward's worth of derivatives."""
+
+    def __init__(self, plan: Plan, quantities: Sequence[Quantity]) -> None:
+        self.plan, self.quantities = plan, quantities
+        self.wanted = {q.columns for q in quantities}
+        self.results: Results = {p: {} for p in plan.names}
+        self.receipts = {
+            p: Receipt(open=len(plan.uses.get(p, [])) + (p in plan.glue)) for p in plan.names
+        }
+        self.out_shape = torch.Size()
+        self.seeds: dict[Edge, Columns] = {}
+        self.loss = Group("loss", 1)
+        self.output: Group | None = None
+        self.ggn: Group | None = None
+        self.bundle: Bundle | None = None
+        self.roads: Roads | None = None
+        self.bent: dict[int, Tensor] = {}
+
+    def run(self) -> Results:
+        with torch.no_grad():
+            self._seed()
+            with torch.enable_grad():
+                self._curvature_of_penalties()
+                products = by_products(self.plan, self.roads) if self.roads else {}
+            for p in products:
+                if self.roads and self.roads.road[p] == "features" and p in self.bent:
+                    products[p] = products[p] + self.bent[p]
+            sources: dict[Edge, Columns] = {}
+            for p, receipt in self.receipts.items():
+                if not receipt.open:
+                    self._finish(p, products)
+            if self.seeds:
+                for stop in walk(self.plan.route, self.seeds, self.plan.through, self.plan.visit):
+                    self._arrive(stop, products, sources)
+                self._walk_masked(sources, products)
+            for p, receipt in self.receipts.items():
+                if receipt.open:  # asked-for columns never met it: they do not depend on it
+                    self._finish(p, products)
+        return self.results
+
+    # Seeds ------------------------------------------------------------------------------------------------
+
+    def _seed(self) -> None:
+        plan, part = self.plan, self.plan.top
+        edges, bare = cut(plan) if self.wanted & {"ggn", "hessian"} else ([], [])
+        if "hessian" in self.wanted:
+            (wish,) = {q.road for q in self.quantities if q.columns == "hessian"}
+            with torch.enable_grad():
+                self.roads = choose(plan, edges, bare, wish)
+        if "ggn" in self.wanted and bare:
+            raise HookjacError(
+                f"ggn_diag: the loss depends on parameter {bare[0]!r} by a way that passes no output of the model, so "
+                "that it does not split into a loss of outputs and a network. hess_diag has no such limit."
+            )
+        by_columns = self.roads is not None and bool(self.roads.active)
+        if "loss" in self.wanted or by_columns:
+            for edge, g in zip(part.frontier, part.gradients, strict=True):
+                self.seeds.setdefault(edge, {})[self.loss] = g.detach().unsqueeze(0)
+        if "output" in self.wanted:
+            if len(plan.selected) != 1:
+                raise HookjacError(
+                    f"jac: the model was called {len(plan.selected)} times on the way to this loss, expected once: the "
+                    "Jacobian of which call is meant? Use one backward for each call, or leave jac out."
+                )
+            self.output = self._unit("output", plan.selected)
+            self.out_shape = plan.selected[0].shape[1:]
+        if "ggn" in self.wanted or by_columns:
+            with torch.enable_grad():
+                H = loss_hessian(plan, edges)
+            if self.output is not None and edges == plan.selected:
+                self.ggn = self.output  # the same unit columns serve both
+                self.ggn.metric = H
+            elif edges:
+                self.ggn = self._unit("ggn", edges, H)
+        if by_columns and self.ggn is not None and self.roads is not None:
+            self.bundle = Bundle(plan, self.roads, self.ggn, keep=bool(self.wanted & {"output", "ggn"}))
+
+    def _unit(self, name: str, edges: list[Edge], metric: Tensor | None = None) -> Group:
+        _, dtype, device = meta(edges[0])
+        like = torch.zeros((), dtype=dtype, device=device)
+        columns = unit_columns(edges, [self.plan.layout[e] for e in edges], like)
+        group = Group(name, columns[0].shape[0], metric)
+        for edge, t in zip(edges, columns, strict=True):
+            self.seeds.setdefault(edge, {})[group] = t
+        return group
+
+    def _curvature_of_penalties(self) -> None:
+        if not self.wanted & {"ggn", "hessian"}:
+            return
+        for p, g in self.plan.top.direct.items():
+            self.bent[p] = diagonal(g, edge_of(self.plan.params[p]))
+
+    # On the way -------------------------------------------------------------------------------------------
+
+    def _arrive(self, stop: Stop, products: dict[int, Tensor], sources: dict[Edge, Columns]) -> None:
+        plan = self.plan
+        call = plan.route.calls.get(stop.key)
+        if call is not None and call.rule.factors is not None:
+            (edge,) = stop.incoming
+            for group, G in stop.incoming[edge].items():
+                for attribute, factor in call.rule.factors(call, G, plan.layout[edge]).items():
+                    receipt = self.receipts.get(id(call.params[attribute]))
+                    if receipt is not None:
+                        receipt.take(group, factor)
+            for p in call.params.values():
+                if id(p) in self.receipts:
+                    self.receipts[id(p)].open -= 1
+                    if not self.receipts[id(p)].open:
+                        self._finish(id(p), products)
+        if stop.key in plan.masked:
+            for edge, columns in stop.incoming.items():
+                if edge in plan.layout:
+                    mine = {g: t for g, t in columns.items() if g in (self.loss, self.output, self.ggn)}
+                    sources[edge] = mine
+        if self.bundle is not None:
+            self.bundle.pass_station(stop, self.loss, may_reroot=not self._half_done())
+
+    def _half_done(self) -> bool:
+        """Is a parameter between two of its uses? Then the columns of the first must meet those of the second."""
+        assert self.roads is not None
+        return any(
+            self.receipts[p].factors and self.receipts[p].open for p in self.roads.going("columns")
+        )
+
+    def _walk_masked(self, sources: dict[Edge, Columns], products: dict[int, Tensor]) -> None:
+        """Columns with one sample's rows each, from where samples can be parted to the parameters no rule explains."""
+        plan, route = self.plan, self.plan.route
+        if not sources:
+            return
+        groups = list(dict.fromkeys(g for columns in sources.values() for g in columns))
+        leaves = {k for k in route.order if id(route.leaf(k)) in plan.glue}
+        for group in groups:
+            found: dict[int, list[Tensor]] = {}
+            largest = max(t.numel() for columns in sources.values() for g, t in columns.items() if g is group)
+            step = max(1, _CHUNK // max(1, largest))
+            for start in range(0, plan.N, step):
+                stop_at = min(plan.N, start + step)
+                part = Group(group.name, group.size * (stop_at - start))
+                got = self._masked_chunk(sources, group, part, start, stop_at, leaves)
+                for p in plan.glue:
+                    t = got.get(p)
+                    shape = plan.params[p].shape
+                    if t is None:
+                        t = torch.zeros(part.size, *shape, dtype=plan.params[p].dtype, device=plan.params[p].device)
+                    found.setdefault(p, []).append(t.reshape(stop_at - start, group.size, *shape))
+            for p, parts in found.items():
+                dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+                self.receipts[p].take(group, Dense(dense.transpose(0, 1), fresh=len(parts) > 1))
+        for p in plan.glue:
+            self.receipts[p].open = 0
+            self._finish(p, products)
+
+    def _masked_chunk(
+        self, sources: dict[Edge, Columns], group: Group, part: Group, start: int, stop: int, leaves: set[object]
+    ) -> dict[int, Tensor]:
+        plan, route = self.plan, self.plan.route
+        masked = {
+            edge: {part: self._mask(columns[group], edge, start, stop)}
+            for edge, columns in sources.items()
+            if group in columns
+        }
+        found: dict[int, Columns] = {}
+        buffers: dict[Edge, Columns] = masked
+        for key in route.order:
+            if key in leaves:
+                for edge in route.outs[key]:
+                    if edge in buffers:
+                        leaf = route.leaf(key)
+                        accumulate(found.setdefault(id(leaf), {}), part, buffers.pop(edge)[part])
+                continue
+            if key not in plan.masked:
+                continue
+            incoming = {e: buffers.pop(e) for e in route.outs[key] if e in buffers}
+            if not incoming:
+                continue
+            into = leaves | {
+                k for e in route.after[key] if e is not None and (k := route.key(e)) in plan.masked
+            }
+            for edge, columns in route.step(key, incoming, into).items():
+                if route.key(edge) in leaves or edge not in plan.layout:
+                    for g, t in columns.items():
+                        accumulate(buffers.setdefault(edge, {}), g, t)
+        return {p: columns[part] for p, columns in found.items()}
+
+    def _mask(self, U: Tensor, edge: Edge, start: int, stop: int) -> Tensor:  # [V, *t] -> [n V, *t]
+        layout = self.plan.layout[edge]
+        rows = layout.split(U)  # [V, N, *rest]
+        n = stop - start
+        out = rows.new_zeros(n, *rows.shape)
+        index = torch.arange(n, device=U.device)
+        out[index, :, start + index] = rows[:, start:stop].transpose(0, 1)
+        return layout.join(out.flatten(0, 1), edge.shape)
+
+    # At the parameter -------------------------------------------------------------------------------------
+
+    def _finish(self, p: int, products: dict[int, Tensor]) -> None:
+        receipt = self.receipts[p]
+        for q in self.quantities:
+            groups: list[Group | None]
+            if q.columns == "hessian":
+                groups = list(self.bundle.members) if self.bundle is not None else []
+            else:
+                groups = [{"loss": self.loss, "output": self.output, "ggn": self.ggn}[q.columns]]
+            got = Received(
+                param=self.plan.params[p],
+                N=self.plan.N,
+                out_shape=self.out_shape,
+                pieces=[(receipt.factors[g], g.metric) for g in groups if g is not None and g in receipt.factors],
+                direct=self._direct(p),
+                bent=self.bent.get(p),
+                done=products.get(p) if q.columns == "hessian" else None,
+            )
+            self.results[p][q.name] = q.reduce(got).detach()
+        receipt.factors.clear()
+        receipt.open = 0
+
+    def _direct(self, p: int) -> Tensor | None:
+        found = self.plan.top.direct.get(p)
+        return None if found is None else found.detach()
+
+
+def empty(params: dict[str, torch.nn.Parameter], quantities: Sequence[Quantity], out_shape: torch.Size) -> Results:
+    """The results of a batch without samples: no rows, and sums over nothing."""
+    return {
+        id(p): {q.name: q.reduce(Received(param=p, N=0, out_shape=out_shape)).detach() for q in quantities}
+        for p in params.values()
+    }

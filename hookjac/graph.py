@@ -1,0 +1,276 @@
+"""Autograd's own graph, read from Python: edges, order, and nodes called on many columns at once.
+
+Everything here is exact for any node, because the node itself does the work. The engine that normally calls
+the nodes does three things around each call, and we do them too: it sums a broadcast gradient down to the
+shape of the receiver, fills the missing outputs of a node with zeros, and drops `None`s.
+
+V columns · shapes `[V, *out]` are V cotangents of a tensor of shape `out`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Node = Any  # autograd nodes have no public common type: C++ nodes and Python Functions differ
+
+
+class Edge(NamedTuple):
+    """One tensor of the graph: the `nr`-th output of what `node` differentiates."""
+
+    node: Node
+    nr: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return meta(self)[0]
+
+    @property
+    def leaf(self) -> Tensor | None:
+        """The leaf tensor whose `.grad` this edge feeds, if it is one."""
+        return getattr(self.node, "variable", None)
+
+
+def meta(edge: Edge) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """Shape, dtype and device of the tensor at an edge."""
+    leaf = edge.leaf
+    if leaf is not None:
+        return leaf.shape, leaf.dtype, leaf.device
+    entry = edge.node._input_metadata[edge.nr]
+    return torch.Size(entry.shape), entry.dtype, entry.device
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Where the gradient of `tensor` flows in. Leaves get their accumulator."""
+    if tensor.grad_fn is not None:
+        return Edge(tensor.grad_fn, tensor.output_nr)
+    found = get_gradient_edge(tensor)
+    return Edge(found.node, found.output_nr)
+
+
+def children(node: Node) -> list[Edge | None]:
+    """The edges a node sends gradients to; None where an input needs none."""
+    return [None if f is None else Edge(f, nr) for f, nr in node.next_functions]
+
+
+def ordered(
+    starts: Iterable[Any],
+    successors: Callable[[Any], Iterable[Any]],
+) -> list[Any]:
+    """Every item reachable from `starts`, each after all its predecessors (reverse post-order, no recursion)."""
+    done: set[Any] = set()
+    order: list[Any] = []
+    for start in starts:
+        if start in done:
+            continue
+        done.add(start)
+        stack = [(start, iter(successors(start)))]
+        while stack:
+            item, rest = stack[-1]
+            for after in rest:
+                if after not in done:
+                    done.add(after)
+                    stack.append((after, iter(successors(after))))
+                    break
+            else:
+                order.append(item)
+                stack.pop()
+    return order[::-1]
+
+
+def fit(grad: Tensor, edge: Edge, lead: int) -> Tensor:
+    """What the engine does to a gradient before it hands it on: sum out broadcasting, cast. `lead` axes stay."""
+    shape, dtype, _ = meta(edge)
+    if grad.shape[lead:] != shape:
+        extra = grad.dim() - lead - len(shape)
+        axes = [lead + k for k in range(extra)]
+        axes += [lead + extra + k for k, d in enumerate(shape) if d == 1 and grad.shape[lead + extra + k] != 1]
+        grad = grad.sum(axes, keepdim=True) if axes else grad
+        grad = grad.reshape(grad.shape[:lead] + shape)
+    return grad if grad.dtype == dtype else grad.to(dtype)
+
+
+def _apply(node: Node, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """One call of a node: an entry for each of `next_functions`."""
+    if callable(node):
+        out = node(*grads)
+        return list(out) if isinstance(out, tuple) else [out]
+    # A Python Function: `backward` answers for every argument of `forward`, the graph only for tensors.
+    out = node.apply(*grads)
+    answers = list(out) if isinstance(out, tuple) else [out]
+    wanted = iter([a for a, needed in zip(answers, node.needs_input_grad, strict=False) if needed])
+    return [None if f is None else next(wanted, None) for f, _ in node.next_functions]
+
+
+def fill(node: Node, grads: dict[int, Tensor], lead: tuple[int, ...]) -> list[Tensor]:
+    """Cotangents for all outputs of a node, zeros for those that nobody used."""
+    filled = []
+    for nr in range(len(node._input_metadata)):
+        if nr in grads:
+            filled.append(grads[nr])
+        else:
+            shape, dtype, device = meta(Edge(node, nr))
+            filled.append(torch.zeros(lead + tuple(shape), dtype=dtype, device=device))
+    return filled
+
+
+def pull(node: Node, grads: dict[int, Tensor]) -> list[Tensor | None]:
+    """V columns through one node by autograd's own formula.
+
+    `grads`: output number -> [V, *out]. Returns [V, *in] for each of the node's `next_functions`.
+    """
+    V = next(iter(grads.values())).shape[0]
+    columns = fill(node, grads, (V,))
+    after = children(node)
+    with torch.no_grad():
+        if V == 1:
+            out = _apply(node, [c[0] for c in columns])
+            found = [None if t is None else t.unsqueeze(0) for t in out]
+        else:
+            found = _batched(node, columns)
+    return [
+        None if t is None or edge is None else fit(t, edge, 1) for t, edge in zip(found, after, strict=True)
+    ]
+
+
+def _batched(node: Node, columns: list[Tensor]) -> list[Tensor | None]:
+    slots: list[int] = []
+    width = len(node.next_functions)
+
+    def call(*grads: Tensor) -> tuple[Tensor, ...]:
+        out = _apply(node, grads)
+        slots[:] = [k for k, t in enumerate(out) if t is not None]
+        return tuple(out[k] for k in slots)  # type: ignore[misc]
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "performance drop": slow is allowed here, and explain() says so
+            # "same": a node that recomputes its forward must draw the mask that was drawn, once for all columns
+            out = torch.vmap(call, randomness="same")(*columns)
+        found: list[Tensor | None] = [None] * width
+        for k, t in zip(slots, out, strict=True):
+            found[k] = t
+        return found
+    except RuntimeError:
+        # Some backwards (custom Functions, kernels without a batching rule) refuse vmap: a loop is as exact.
+        # An error of the node itself comes again from here, in its own words.
+        rows = [_apply(node, [c[v] for c in columns]) for v in range(columns[0].shape[0])]
+        return [
+            None if r[0] is None else torch.stack([t for t in r if t is not None])
+            for r in zip(*rows, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def fenced(edges: Sequence[Edge]) -> Iterator[None]:
+    """Inside, a gradient taken towards `edges` is the *partial* derivative: nothing flows past any of them.
+
+    Without it, d(a * b)/da for b = f(a) would count the path through b too, as `torch.autograd.grad` does.
+    It works because the engine captures a gradient before the node's own pre-hooks see it.
+    """
+    seen: dict[Node, Any] = {}
+    try:
+        for edge in edges:
+            if edge.node not in seen and edge.leaf is None:
+                seen[edge.node] = edge.node.register_prehook(_zeros)
+        yield
+    finally:
+        for handle in seen.values():
+            handle.remove()
+
+
+def _zeros(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else torch.zeros_like(g) for g in grads)
+
+
+def gradients(
+    outputs: Sequence[Tensor | Edge],
+    edges: Sequence[Edge],
+    cotangents: Sequence[Tensor | None],
+    *,
+    batched: bool = False,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """`torch.autograd.grad` towards edges, keeping the graph; zeros where nothing arrives.
+
+    With `batched`, cotangents are [V, *out] and so are the results; a kernel that refuses to be batched is
+    called V times.
+    """
+    targets = [GradientEdge(e.node, e.nr) for e in edges]
+    heads: list[Any] = [GradientEdge(o.node, o.nr) if isinstance(o, Edge) else o for o in outputs]
+
+    def once(grads: Sequence[Tensor | None], batch: bool) -> list[Tensor | None]:
+        return list(
+            torch.autograd.grad(
+                heads,
+                targets,
+                list(grads),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batch,
+            )
+        )
+
+    V = cotangents[0].shape[0] if batched and cotangents[0] is not None else 0
+    if not batched:
+        found = once(cotangents, False)
+    else:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = once(cotangents, True)
+        except RuntimeError:
+            rows = [once([None if c is None else c[v] for c in cotangents], False) for v in range(V)]
+            found = [
+                None if r[0] is None else torch.stack([t for t in r if t is not None])
+                for r in zip(*rows, strict=True)
+            ]
+    lead = (V,) if batched else ()
+    result = []
+    for t, edge in zip(found, edges, strict=True):
+        if t is None:
+            shape, dtype, device = meta(edge)
+            t = torch.zeros(lead + tuple(shape), dtype=dtype, device=device)
+        result.append(t)
+    return result
+
+
+class Bend:
+    """The second derivative of one node: how its backward formula depends on what the node was given.
+
+    For a node u with inputs `edges` and loss gradient g at its outputs, `times(t)` is M t with
+    M = sum_k g_k d²u_k / d(inputs)², t and the result lists with one [V, *in] for each edge.
+    """
+
+    def __init__(self, node: Node, grads: dict[int, Tensor], edges: Sequence[Edge]) -> None:
+        self.edges = list(edges)
+        slots = [k for k, e in enumerate(children(node)) if e is not None and e in self.edges]
+        with torch.enable_grad():
+            out = _apply(node, fill(node, grads, ()))
+            self._heads: list[tuple[int, Tensor]] = []
+            for k in slots:
+                t, edge = out[k], children(node)[k]
+                if t is not None and edge is not None and t.requires_grad:
+                    self._heads.append((self.edges.index(edge), fit(t, edge, 0)))
+
+    @property
+    def flat(self) -> bool:
+        """True when autograd itself says that nothing depends on the inputs."""
+        return not self._heads
+
+    def times(self, tangents: Sequence[Tensor]) -> list[Tensor]:
+        V = tangents[0].shape[0]
+        if self.flat:
+            return [torch.zeros_like(t) for t in tangents]
+        heads = [t for _, t in self._heads]
+        with fenced(self.edges):
+            return gradients(
+                heads, self.edges, [tangents[k].expand(V, *h.shape) for k, h in self._heads], batched=True
+            )

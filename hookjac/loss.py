@@ -1,0 +1,188 @@
+"""From the loss that was really backpropagated: where the samples part, its gradient and Hessian there.
+
+Between the number that `backward` is called on and the model lies the user's own code. The *frontier* is where,
+coming down from that number, tensors first have one row for each sample. Above it the loss must be a sum over
+the rows; what reaches parameters without crossing it (a penalty) belongs to no sample.
+
+N samples · C all entries of one sample's outputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hookjac.errors import HookjacError
+from hookjac.graph import Edge, edge_of, fenced, gradients, meta
+from hookjac.products import units
+from hookjac.route import Key, Route
+from hookjac.samples import Layout, agree, scaled, scales
+
+
+def scalar(tensors: list[Tensor], weights: list[Tensor | None]) -> Tensor:
+    """The number whose gradient the user asked for: the loss, or the sum of outputs times given cotangents."""
+    if len(tensors) == 1 and weights[0] is None:
+        if tensors[0].numel() != 1:
+            raise HookjacError(
+                f"backward was called on a tensor of shape {tuple(tensors[0].shape)} without a gradient. Reduce the "
+                "loss to one number, or pass gradient=."
+            )
+        return tensors[0]
+    with torch.enable_grad():
+        parts = [(t if w is None else t * w.detach()).sum() for t, w in zip(tensors, weights, strict=True)]
+        return torch.stack(parts).sum()
+
+
+@dataclass
+class Top:
+    """The part of the graph between the loss and the frontier."""
+
+    loss: Tensor
+    N: int
+    frontier: list[Edge]
+    gradients: list[Tensor]  # dL/d frontier, differentiable
+    direct: dict[int, Tensor]  # id of a parameter -> its gradient through no sample, differentiable
+
+
+def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Mapping[int, str]) -> Top:
+    """Find the frontier, and refuse a loss that is no sum over its rows. `sampled`: edges known to hold samples."""
+    leading = _leading_to(route, sampled)
+    frontier: list[Edge] = []
+    free: list[Edge] = []
+    seen: set[Edge] = set()
+    stack = list(route.starts)
+    while stack:
+        edge = stack.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        key = route.key(edge)
+        if key not in leading:
+            free.append(edge)
+        elif edge.shape[:1] == (N,):
+            frontier.append(edge)
+        elif edge in sampled:
+            raise HookjacError(
+                f"the loss uses a tensor of shape {tuple(edge.shape)} whose first axis does not count the {N} samples. "
+                "Move the batch to the first axis before the loss is computed."
+            )
+        else:
+            if key in route.calls and names.keys() & {id(p) for p in route.calls[key].params.values()}:
+                raise _mixing(f"layer {route.calls[key].name!r} sees a tensor of shape {tuple(edge.shape)}")
+            stack += [after for after in route.after[key] if after is not None]
+    direct = _parameters_below(route, free, names)
+    edges = frontier + [edge_of(p) for p in direct.values()]
+    with fenced(frontier):
+        found = gradients([loss], edges, [None], create_graph=True)
+    at = found[: len(frontier)]
+    result = Top(loss, N, frontier, at, dict(zip(direct, found[len(frontier) :], strict=True)))
+    _check(result, direct, names)
+    return result
+
+
+def _leading_to(route: Route, edges: Collection[Edge]) -> set[Key]:
+    found: set[Key] = set()
+    for key in reversed(route.order):
+        if any(edge in edges for edge in route.outs[key]) or any(
+            edge is not None and route.key(edge) in found for edge in route.after[key]
+        ):
+            found.add(key)
+    return found
+
+
+def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str]) -> dict[int, Tensor]:
+    """Tracked parameters that these edges lead to."""
+    found: dict[int, Tensor] = {}
+    seen: set[Key] = set()
+    stack = [route.key(edge) for edge in starts]
+    while stack:
+        key = stack.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        leaf = route.leaf(key)
+        here = [] if leaf is None else [leaf]
+        if key in route.calls:
+            here += list(route.calls[key].params.values())
+        found.update((id(p), p) for p in here if id(p) in names)
+        stack += [route.key(edge) for edge in route.after[key] if edge is not None]
+    return found
+
+
+def _check(part: Top, direct: Mapping[int, Tensor], names: Mapping[int, str]) -> None:
+    heads = [g for g in part.gradients if g.requires_grad]
+    try:
+        if part.N > 1 and heads:
+            _check_rows(part)
+        for key, g in part.direct.items():
+            if g.requires_grad and part.frontier:
+                mixed = gradients([g], part.frontier, [_random(g)])
+                if any(bool((m != 0).any()) for m in mixed):
+                    raise HookjacError(
+                        f"parameter {names[key]!r} multiplies the loss after it was reduced over the samples, so its "
+                        "gradient is no sum over samples that could be told apart. Use it inside the model's forward, "
+                        "or before the reduction."
+                    )
+    except HookjacError:
+        raise
+    except RuntimeError as error:
+        warnings.warn(
+            f"the loss cannot be differentiated twice ({error}), so that hookjac could not check that it is a sum "
+            "over samples; the per-sample results hold if it is one",
+            stacklevel=2,
+        )
+
+
+def _random(like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+
+
+def _check_rows(part: Top) -> None:
+    """H (s u) = s (H u) row by row: the loss is a sum over the rows of the frontier."""
+    factors = scales(part.N, part.loss.device, part.loss.dtype)
+    layout = Layout(part.N)
+    u = [_random(g) for g in part.gradients]
+    both = [torch.stack([t, scaled(t, factors.to(t.dtype), layout)]) for t in u]
+    index = [k for k, g in enumerate(part.gradients) if g.requires_grad]
+    with fenced(part.frontier):
+        found = gradients(
+            [part.gradients[k] for k in index], part.frontier, [both[k] for k in index], batched=True
+        )
+    for edge, (plain, times) in zip(part.frontier, found, strict=True):
+        if not agree(times, scaled(plain, factors.to(plain.dtype), layout)):
+            raise _mixing(f"a sample's loss depends on other samples at a tensor of shape {tuple(edge.shape)}")
+
+
+def _mixing(what: str) -> HookjacError:
+    return HookjacError(
+        f"the loss mixes samples: {what}. Per-sample quantities need a loss that is a sum (or mean) over the first "
+        "axis of the model's output. Typical causes: a root or logarithm of the batch mean, a contrastive loss, "
+        "statistics over the batch, an output without a batch axis."
+    )
+
+
+def hessian(loss: Tensor, edges: list[Edge], N: int) -> Tensor:
+    """[N, C, C]: the loss's second derivative in the given tensors [N, ...] of each sample, all else held."""
+    shapes = [meta(edge)[0] for edge in edges]
+    sizes = [shape[1:].numel() for shape in shapes]
+    C = sum(sizes)
+    with fenced(edges):
+        heads = gradients([loss], edges, [None], create_graph=True)
+        index = [k for k, h in enumerate(heads) if h.requires_grad]
+        if not index or N == 0:
+            return torch.zeros(N, C, C, dtype=loss.dtype, device=loss.device)
+        found = []
+        for _, t in units(C, C, loss.detach().reshape(-1)[0]):
+            parts = t.split(sizes, 1)
+            tangents = [
+                p.reshape(-1, 1, *s[1:]).expand(-1, *s) for p, s in zip(parts, shapes, strict=True)
+            ]
+            rows = gradients([heads[k] for k in index], edges, [tangents[k] for k in index], batched=True)
+            found.append(torch.cat([r.reshape(t.shape[0], N, -1) for r in rows], 2))
+    H = torch.cat(found).transpose(0, 1)
+    return (H + H.transpose(1, 2)) / 2

@@ -1,0 +1,88 @@
+"""Hessian-vector products by double backward: slower than columns, and exact wherever autograd itself is.
+
+They run over the user's own graph, so they need it to be twice differentiable, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hookjac.errors import HookjacError
+from hookjac.graph import Edge, gradients, meta
+from hookjac.samples import Layout, agree
+
+_CHUNK = 1 << 23  # entries of one batch of tangents
+
+
+@contextlib.contextmanager
+def second_backward(names: Sequence[str]) -> Iterator[None]:
+    """Say in our words what it means that autograd refuses."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise HookjacError(
+            f"second derivatives of the loss with respect to {', '.join(names[:3])} need a second backward through "
+            f"the graph, and part of it does not allow one ({error}). With torch.utils.checkpoint, pass "
+            "use_reentrant=False; a custom autograd.Function needs a differentiable backward."
+        ) from error
+
+
+def units(size: int, step: int, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The unit vectors of a space in chunks [k, size], with the number of the first."""
+    for start in range(0, size, step):
+        stop = min(size, start + step)
+        t = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
+        t[:, start:stop].fill_diagonal_(1)
+        yield start, t
+
+
+def diagonal(head: Tensor, edge: Edge, *, step: int | None = None) -> Tensor:
+    """The diagonal of d head / d edge, both of one shape.
+
+    Two products first: if the matrix acts on a random vector as its row sums do, entry by entry, then it is
+    diagonal and the row sums are the answer (an L2 penalty, say). Otherwise one product for each entry. The row
+    sums alone are *not* the diagonal: that is the mistake this library exists to end.
+    """
+    shape, dtype, device = meta(edge)
+    like = torch.zeros((), dtype=dtype, device=device)
+    size = shape.numel()
+    if not head.requires_grad or size == 0:
+        return like.expand(shape).clone()
+    if size > 2:
+        random = torch.rand(size, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.5
+        probe = torch.stack([torch.ones_like(random), random]).to(like).reshape(2, *shape)
+        sums, probed = gradients([head], [edge], [probe], batched=True)[0]
+        if agree(probed, sums * probe[1]):
+            return sums.detach()
+    found = []
+    for start, t in units(size, step or max(1, _CHUNK // size), like):
+        rows = gradients([head], [edge], [t.reshape(-1, *shape)], batched=True)[0].reshape(t.shape[0], size)
+        found.append(rows[:, start : start + t.shape[0]].diagonal().clone())
+    return torch.cat(found).reshape(shape)
+
+
+def block(head: Tensor, edge: Edge, layout: Layout, *, diagonal_only: bool) -> Tensor:
+    """d head / d edge of each sample, [N, D, D], or its diagonal [N, D]; D products for the whole batch.
+
+    All samples share a product: they must not interact between this tensor and the loss.
+    """
+    shape, dtype, device = meta(edge)
+    like = torch.zeros((), dtype=dtype, device=device)
+    rest = layout.split(like.expand(1, *shape)).shape[2:]
+    D = rest.numel()
+    if not head.requires_grad:
+        return like.expand(layout.N, D).clone() if diagonal_only else like.expand(layout.N, D, D).clone()
+    found = []
+    for start, t in units(D, max(1, _CHUNK // max(1, shape.numel())), like):
+        k = t.shape[0]
+        tangent = layout.join(t.reshape(k, 1, *rest).expand(k, layout.N, *rest), shape)
+        rows = layout.features(gradients([head], [edge], [tangent], batched=True)[0])  # [k, N, D]
+        if diagonal_only:
+            found.append(rows[:, :, start : start + k].diagonal(dim1=0, dim2=2))  # [N, k]
+        else:
+            found.append(rows.transpose(0, 1))
+    return torch.cat(found, 1)

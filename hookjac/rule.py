@@ -1,0 +1,156 @@
+"""A rule: what one layer family does to columns, as a record; and the register of them.
+
+A rule states the transposed Jacobian of a layer in closed form, what its parameters receive, and how the layer
+curves. Structure is said in a word where a word is enough: `linear_map`, `elementwise`.
+
+V columns; `[V, *out]` are V cotangents of a layer's whole output. Rules never see which axis holds the samples,
+except through the `Layout` that `factors` is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookjac.factor import Factor
+from hookjac.graph import Edge, gradients, meta
+from hookjac.samples import Layout
+
+
+@dataclass(eq=False)
+class Call:
+    """One use of a layer: what the forward hook kept, and where in the graph it happened."""
+
+    module: nn.Module
+    name: str  # qualified, as in `model.named_modules()`
+    rule: Rule
+    x: Tensor  # the input, detached; shares storage and version counter with the user's
+    source: Edge | None  # where the input's gradient goes; None if it needs none
+    params: dict[str, nn.Parameter]
+    values: dict[str, Tensor]  # the parameters' data as the forward saw it
+    versions: tuple[int, ...] = ()
+    edge: Edge | None = None  # of the output; set when the walk finds it, so that no reference cycle arises
+
+    def version(self) -> tuple[int, ...]:
+        return (self.x._version, *(t._version for t in self.values.values()))
+
+    @property
+    def intact(self) -> bool:
+        """False once the input or a weight was modified in place: then only autograd knows whether that matters."""
+        return self.version() == self.versions
+
+    def drawn(self) -> Tensor:
+        """The slope of a layer that acts entry by entry, read from the graph: a random mask as it was drawn."""
+        assert self.edge is not None
+        assert self.source is not None
+        shape, dtype, device = meta(self.edge)
+        ones = torch.ones(shape, dtype=dtype, device=device)
+        return gradients([self.edge], [self.source], [ones])[0]
+
+
+def _always(module: nn.Module) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What one family of layers does to columns.
+
+    name: what `explain()` calls it.
+    modules: the classes it speaks for. A subclass counts only if it inherits `forward` unchanged.
+    pull: the transposed Jacobian in the input, `(call, [V, *out]) -> [V, *in]`.
+    params: names of the parameters it explains; a module with any other parameter is not claimed.
+    factors: `(call, [V, *out], layout) -> {parameter name: Factor}`.
+    fits: may say no to a layout (samples along the feature axis, say).
+    bend: `(call, g) -> [*in]`: diagonal of the layer's second derivative under the loss gradient g [*out].
+        None means linear in the input.
+    constant: the Jacobian is the same for all samples, and `pull` takes any number of them.
+    claims: may say no to a module (an option that the formula does not cover).
+    """
+
+    name: str
+    modules: tuple[type[nn.Module], ...]
+    pull: Callable[[Call, Tensor], Tensor]
+    params: tuple[str, ...] = ()
+    factors: Callable[[Call, Tensor, Layout], dict[str, Factor]] | None = None
+    fits: Callable[[Call, Layout], bool] = field(default=lambda call, layout: True)
+    bend: Callable[[Call, Tensor], Tensor] | None = None
+    constant: bool = False
+    claims: Callable[[nn.Module], bool] = _always
+
+    def __post_init__(self) -> None:
+        if not self.modules or not all(isinstance(m, type) and issubclass(m, nn.Module) for m in self.modules):
+            raise TypeError(f"rule {self.name!r}: `modules` must be subclasses of nn.Module, got {self.modules!r}")
+        if bool(self.params) != (self.factors is not None):
+            raise ValueError(f"rule {self.name!r}: `params` and `factors` go together")
+
+
+def linear_map(name: str, *modules: type[nn.Module], pull: Callable[[Call, Tensor], Tensor], **more: object) -> Rule:
+    """A layer without parameters that is linear in its input, with a Jacobian that all samples share."""
+    return Rule(name=name, modules=modules, pull=pull, constant=True, **more)  # type: ignore[arg-type]
+
+
+def elementwise(
+    name: str,
+    *modules: type[nn.Module],
+    d1: Callable[[Call], Tensor],
+    d2: Callable[[Call], Tensor] | None,
+    claims: Callable[[nn.Module], bool] = _always,
+) -> Rule:
+    """y = f(x) entry by entry: first derivative d1 [*in], second d2 [*in]; d2 None where it is zero."""
+
+    def inplace_or_other(module: nn.Module) -> bool:
+        # in place the input is gone; autograd's node then works from the output
+        return not getattr(module, "inplace", False) and claims(module)
+
+    def pull(call: Call, G: Tensor) -> Tensor:
+        return G * d1(call)
+
+    def bend(call: Call, g: Tensor) -> Tensor:
+        assert d2 is not None
+        return g * d2(call)
+
+    return Rule(name=name, modules=modules, pull=pull, bend=bend if d2 else None, claims=inplace_or_other)
+
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def register(rule: Rule) -> Rule:
+    """Add a rule for all to use. A class can have one rule only."""
+    for module in rule.modules:
+        if module in _RULES:
+            raise ValueError(f"{module.__name__} has the rule {_RULES[module].name!r} already")
+    _RULES.update(dict.fromkeys(rule.modules, rule))
+    return rule
+
+
+def rules() -> Iterator[tuple[type[nn.Module], Rule]]:
+    return iter(_RULES.items())
+
+
+def _forward_of(cls: Any) -> Any:
+    return cls.forward
+
+
+def lookup(module: nn.Module) -> Rule | None:
+    """The rule that claims exactly this module, or None: then autograd's own nodes do the work.
+
+    Not claimed: a subclass or an instance with a `forward` of its own, a parameter that is not a plain one (weight
+    norm, pruning, a functional call with other tensors), a parameter that the rule does not know.
+    """
+    for base in type(module).__mro__:
+        rule = _RULES.get(base)
+        if rule is not None:
+            break
+    else:
+        return None
+    same = _forward_of(type(module)) is _forward_of(base) and "forward" not in vars(module)
+    own = module._parameters
+    plain = all(p is None or (isinstance(p, Tensor) and p.is_leaf) for p in own.values())
+    known = set(own) == set(rule.params)
+    return rule if same and plain and known and rule.claims(module) else None

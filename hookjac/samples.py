@@ -1,0 +1,101 @@
+"""Where the samples sit in a tensor, and the proof that they do not mix.
+
+A model may move its batch axis about: transpose it behind time, merge it with heads, flatten it into rows.
+Nothing is assumed about that. Two columns travel through the graph once: u, random, and u with the n-th sample
+multiplied by its own factor s_n. Wherever the second is the first with one axis scaled by s, that axis holds
+the samples and they do not interact above that tensor; where no axis fits, they do.
+
+V columns · N samples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Samples lie along `axis`, which has size outer * N * inner (both 1 for a plain batch axis)."""
+
+    N: int
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def plain(self) -> bool:
+        return self.axis == 0 and self.outer == self.inner == 1
+
+    def split(self, t: Tensor) -> Tensor:  # [V, *shape] -> [V, N, *rest]
+        if self.plain:
+            return t
+        at = self.axis + 1
+        t = t.reshape(*t.shape[:at], self.outer, self.N, self.inner, *t.shape[at + 1 :])
+        t = t.movedim(at + 1, 1)
+        # merged axes of size one go: a transposed batch leaves the plain rest
+        return t.reshape(*t.shape[: at + 1], self.outer * self.inner, *t.shape[at + 3 :]) if self.merged else (
+            t.reshape(*t.shape[: at + 1], *t.shape[at + 3 :])
+        )
+
+    @property
+    def merged(self) -> bool:
+        return self.outer * self.inner > 1
+
+    def join(self, t: Tensor, shape: torch.Size) -> Tensor:  # [V, N, *rest] -> [V, *shape]
+        if self.plain:
+            return t
+        at = self.axis + 1
+        t = t.reshape(*t.shape[: at + 1], self.outer, self.inner, *shape[at:])
+        return t.movedim(1, at + 1).reshape(t.shape[0], *shape)
+
+    def features(self, t: Tensor) -> Tensor:  # [V, *shape] -> [V, N, D], keeping a shared sample axis shared
+        t = self.split(t)
+        if t.shape[1] > 1 and t.stride(1) == 0:
+            return t[:, :1].reshape(t.shape[0], 1, -1).expand(-1, t.shape[1], -1)
+        return t.flatten(2) if t.dim() > 2 else t.reshape(*t.shape[:2], 1)
+
+
+def scales(N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One factor for each sample, all different, in a random but repeatable order; never the global generator."""
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(20_113))
+    return (1 + order.to(torch.float64) / max(N, 1)).to(device=device, dtype=dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two roundings of one number may be apart, relative to the largest entry."""
+    eps = torch.finfo(dtype).eps
+    return min(1e3 * eps, math.sqrt(eps))
+
+
+def scaled(u: Tensor, factors: Tensor, layout: Layout) -> Tensor:
+    """u [*shape] with each sample multiplied by its factor."""
+    rows = layout.split(u.unsqueeze(0))
+    rows = rows * factors.reshape(1, -1, *[1] * (rows.dim() - 2))
+    return layout.join(rows, u.shape)[0]
+
+
+def agree(u: Tensor, v: Tensor, size: Tensor | None = None) -> bool:
+    """Equal up to rounding, measured against the largest entry of v."""
+    if u.numel() == 0:
+        return True
+    top = (v if size is None else size).abs().max()
+    # NaN and Inf pass through every formula alike; they say nothing about the layout
+    return bool(((u - v).abs() <= tolerance(u.dtype) * top).all()) or not bool(torch.isfinite(top))
+
+
+def find(u: Tensor, su: Tensor, factors: Tensor) -> Layout | None:
+    """The layout of a tensor from its two probe columns [*shape]; None where samples mix or are absent."""
+    N = factors.numel()
+    for axis, size in enumerate(u.shape):
+        if N == 0 or size % N:
+            continue
+        rest = size // N
+        for outer in (d for d in range(1, rest + 1) if rest % d == 0):
+            layout = Layout(N, axis, outer, rest // outer)
+            if agree(su, scaled(u, factors, layout)):
+                return layout
+    return None

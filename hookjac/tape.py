@@ -1,0 +1,221 @@
+"""Forward hooks that write on the graph: this node is the output of that layer, called with these inputs.
+
+The hooks are PyTorch's global module hooks, filtered by the modules of one model, so that the model itself is
+never touched: a copy, a pickle or a `state_dict` taken inside the block carries nothing of ours. Notes live in
+the `metadata` of the autograd nodes they speak of and are freed with the graph; the tape holds none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from hookjac.errors import HookjacError
+from hookjac.graph import Edge, edge_of
+from hookjac.rule import Call, lookup
+
+Select = str | int | Callable[[Any], Tensor] | None
+
+
+@dataclasses.dataclass
+class Mark:
+    """What is known of one tensor of the graph. `call`: a rule's layer made it; `output`: the model returned it."""
+
+    call: Call | None = None
+    output: str | None = None  # how the user reaches it, e.g. "output['logits']"
+    selected: bool = False
+
+
+def leaves(found: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in what a model returned or was given, with the expression that reaches it."""
+    if isinstance(found, Tensor):
+        yield path, found
+    elif isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from leaves(value, f"{path}[{key!r}]")
+    elif isinstance(found, (list, tuple)):
+        for k, value in enumerate(found):
+            name = found._fields[k] if hasattr(found, "_fields") else None
+            yield from leaves(value, f"{path}.{name}" if name else f"{path}[{k}]")
+    elif dataclasses.is_dataclass(found) and not isinstance(found, type):
+        for entry in dataclasses.fields(found):
+            yield from leaves(getattr(found, entry.name), f"{path}.{entry.name}")
+
+
+def select(output: Any, how: Select) -> Tensor:
+    """The differentiated tensor of a model's output."""
+    names = [name for name, _ in leaves(output)]
+    if how is None:
+        able = [(name, t) for name, t in leaves(output) if t.requires_grad]
+        if len(able) > 1:
+            raise HookjacError(
+                f"the model returned {len(able)} tensors that require grad ({_listed(n for n, _ in able)}) and none "
+                "was selected. Say which one to differentiate: hookjac.extend(model, output=<key, index or callable>)."
+            )
+        if not able:
+            raise HookjacError(
+                f"the model returned no tensor that requires grad (found: {_listed(names) or type(output).__name__})."
+                " Was it called under torch.no_grad() or inference_mode(), or is every parameter frozen?"
+            )
+        return able[0][1]
+    try:
+        if callable(how):
+            found = how(output)
+        elif isinstance(output, (Mapping, list, tuple)) and not (isinstance(how, str) and hasattr(output, how)):
+            found = output[how]  # type: ignore[call-overload,index]
+        else:
+            found = getattr(output, how) if isinstance(how, str) else output[how]
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise HookjacError(
+            f"output={how!r} finds nothing in what the model returned ({_listed(names) or type(output).__name__})."
+        ) from error
+    if not isinstance(found, Tensor):
+        raise HookjacError(
+            f"output={how!r} found a {type(found).__name__}, expected a tensor. The model returned: {_listed(names)}."
+        )
+    return found
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+class Tape:
+    """Notes on the graph of one model, while it is installed."""
+
+    def __init__(self, model: nn.Module, output: Select) -> None:
+        self.model = model
+        self.names = {module: name for name, module in model.named_modules()}
+        self.output = output
+        self.calls_without_grad = 0
+        self.calls = 0
+        self.samples: int | None = None  # of the last call
+        self.out_shape = torch.Size()
+        # what to do before the model runs (returns whether it did) and after
+        self.around: tuple[Callable[[], bool], Callable[[], None]] = (lambda: False, lambda: None)
+        self._aside: list[bool] = []
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        self._handles = [
+            hooks.register_module_forward_pre_hook(self._before),
+            hooks.register_module_forward_hook(self._after, with_kwargs=True),
+            # after errors too: whatever stepped aside for the forward must come back
+            hooks.register_module_forward_hook(self._always, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def mark(self, edge: Edge) -> Mark | None:
+        marks = edge.node.metadata.get(self)
+        return marks.get(edge.nr) if marks else None
+
+    def _note(self, tensor: Tensor) -> Mark:
+        assert tensor.grad_fn is not None
+        metadata: Any = tensor.grad_fn.metadata
+        marks: dict[int, Mark] = metadata.setdefault(self, {})
+        return marks.setdefault(tensor.output_nr, Mark())
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        name = self.names.get(module)
+        if name is None:
+            return
+        if module is self.model:
+            self._aside.append(self.around[0]())
+        if not torch.is_grad_enabled():
+            return
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise mixing_batchnorm(f"layer {name!r} ({type(module).__name__})")
+        if isinstance(module, nn.DataParallel):
+            raise HookjacError(
+                f"layer {name!r} is nn.DataParallel, which runs copies of the model: results would land on the "
+                "copies. Use DistributedDataParallel, or extend the wrapped module on one device."
+            )
+
+    def _always(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self.model and self._aside and self._aside.pop():
+            self.around[1]()
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        name = self.names.get(module)
+        if name is None:
+            return
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            self._layer(module, name, args, kwargs, output)
+        if module is self.model:
+            self._root(args, kwargs, output)
+
+    def _layer(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        rule = lookup(module)
+        inputs = [*args, *kwargs.values()]
+        if rule is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            return
+        x = inputs[0]
+        # autocast: the node computes in another precision than the rule would
+        if x.dtype != output.dtype or torch.is_autocast_enabled(x.device.type):
+            return
+        source = edge_of(x) if x.requires_grad else None
+        mark = self._note(output)
+        if mark.call is not None or source == Edge(output.grad_fn, output.output_nr):
+            return  # the layer handed its input on; whoever made the tensor is noted already
+        own = {key: p for key, p in module._parameters.items() if p is not None}
+        mark.call = Call(
+            module=module,
+            name=name,
+            rule=rule,
+            x=x.detach(),
+            source=source,
+            params={key: p for key, p in own.items() if p.requires_grad},
+            values={key: p.detach() for key, p in own.items()},
+        )
+        mark.call.versions = mark.call.version()
+
+    def _root(self, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.calls += 1
+        if not torch.is_grad_enabled():
+            self.calls_without_grad += 1
+            return
+        chosen = select(output, self.output)
+        if chosen.dim() == 0:
+            raise HookjacError(
+                "the model's selected output is a single number, expected a first axis that counts the samples. "
+                "If the model returns its loss, select what the loss is computed from: extend(model, output=...)."
+            )
+        inputs = [(path, t) for path, t in leaves((args, kwargs)) if t.dim() > 0]
+        N = chosen.shape[0]
+        # one common first axis that is not N, and N nowhere else either: this is no batch of samples
+        if len({t.shape[0] for _, t in inputs}) == 1 and all(N not in t.shape for _, t in inputs):
+            shapes = ", ".join(str(tuple(t.shape)) for _, t in inputs[:4])
+            raise HookjacError(
+                f"the model's output has shape {tuple(chosen.shape)}, but no input has an axis of {N} (inputs: "
+                f"{shapes}). The first axis of the output must count the samples; add it with unsqueeze(0) for one."
+            )
+        self.samples, self.out_shape = N, chosen.shape[1:]
+        if not chosen.requires_grad:
+            raise HookjacError(
+                "the selected output does not require grad: it was computed under torch.no_grad(), detached, or no "
+                "trainable parameter takes part in it."
+            )
+        for path, tensor in leaves(output):
+            if tensor.grad_fn is not None and tensor.dim() > 0 and tensor.is_floating_point():
+                mark = self._note(tensor)
+                mark.output = path
+        if chosen.grad_fn is not None:
+            mark = self._note(chosen)
+            mark.selected = True
+            mark.output = mark.output or "output"
+
+
+def mixing_batchnorm(where: str) -> HookjacError:
+    return HookjacError(
+        f"{where} normalises with the statistics of the batch, so that samples interact and per-sample derivatives "
+        "are not defined. Call model.eval() (with running statistics), or use GroupNorm, LayerNorm or InstanceNorm."
+    )
