@@ -77,7 +77,11 @@ def cut(plan: Plan) -> tuple[list[Edge], list[str]]:
 
 
 def loss_hessian(plan: Plan, edges: list[Edge]) -> Tensor:  # [N, C, C]
+    route = plan.route
+    stops = {route.key(e) for e in edges}
+    network = reachable(route, stops)
     try:
+        route.demand_twice(k for k in route.order if k in plan.needed and k not in network)
         return hessian(plan.top.loss, edges, plan.N)
     except RuntimeError as error:
         raise HookjacError(
@@ -423,6 +427,7 @@ def by_products(plan: Plan, roads: Roads) -> dict[int, Tensor]:
     blocks: dict[Edge, Tensor] = {}
     for p, edge in zip(chosen, edges, strict=True):
         with second_backward([plan.names[p]]):
+            plan.route.demand_twice(plan.route.needed({p}))
             found[p] = _by_product(plan, roads.road[p], p, edge, heads[edge], blocks)
     return found
 

@@ -127,7 +127,7 @@ class extend:
         if self._tape.samples == 0:
             return empty(params, self.quantities, self._tape.out_shape)
         loss = scalar(tensors, weights)
-        plan = make_plan(self._tape, loss, params, self._known)
+        plan = make_plan(self._tape, loss, params, self._known, {id(p) for p in self.model.parameters()})
         walk = Walk(plan, self.quantities)
         results = walk.run()
         self._explanation = explain(self.model, plan, walk.roads)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Node = Any  # autograd nodes have no public common type: C++ nodes and Python Functions differ
@@ -106,6 +107,16 @@ def _apply(node: Node, grads: Sequence[Tensor]) -> list[Tensor | None]:
     answers = list(out) if isinstance(out, tuple) else [out]
     wanted = iter([a for a, needed in zip(answers, node.needs_input_grad, strict=False) if needed])
     return [None if f is None else next(wanted, None) for f, _ in node.next_functions]
+
+
+_ONCE = once_differentiable(lambda ctx, *grads: None).__code__
+
+
+def differentiable_once(node: Node) -> bool:
+    """A Python Function whose backward is marked so. Autograd says nothing when it is differentiated once more
+    towards other tensors: the second derivative is silently zero."""
+    made_by = getattr(type(node), "_forward_cls", None)
+    return made_by is not None and getattr(made_by.backward, "__code__", None) is _ONCE
 
 
 def fill(node: Node, grads: dict[int, Tensor], lead: tuple[int, ...]) -> list[Tensor]:
@@ -252,6 +263,8 @@ class Bend:
     def __init__(self, node: Node, grads: dict[int, Tensor], edges: Sequence[Edge]) -> None:
         self.edges = list(edges)
         slots = [k for k, e in enumerate(children(node)) if e is not None and e in self.edges]
+        if differentiable_once(node):
+            raise RuntimeError(f"{type(node).__name__} is marked once_differentiable")
         with torch.enable_grad():
             out = _apply(node, fill(node, grads, ()))
             self._heads: list[tuple[int, Tensor]] = []

@@ -10,7 +10,7 @@ N samples · C all entries of one sample's outputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Ma
     frontier: list[Edge] = []
     free: list[Edge] = []
     seen: set[Edge] = set()
+    above: set[Key] = set()
     stack = list(route.starts)
     while stack:
         edge = stack.pop()
@@ -73,6 +74,7 @@ def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Ma
         else:
             if key in route.calls and names.keys() & {id(p) for p in route.calls[key].params.values()}:
                 raise _mixing(f"layer {route.calls[key].name!r} sees a tensor of shape {tuple(edge.shape)}")
+            above.add(key)
             stack += [after for after in route.after[key] if after is not None]
     direct = _parameters_below(route, free, names)
     edges = frontier + [edge_of(p) for p in direct.values()]
@@ -80,7 +82,7 @@ def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Ma
         found = gradients([loss], edges, [None], create_graph=True)
     at = found[: len(frontier)]
     result = Top(loss, N, frontier, at, dict(zip(direct, found[len(frontier) :], strict=True)))
-    _check(result, direct, names)
+    _check(result, [key for key in route.order if key in above], route, names)
     return result
 
 
@@ -113,9 +115,10 @@ def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str]
     return found
 
 
-def _check(part: Top, direct: Mapping[int, Tensor], names: Mapping[int, str]) -> None:
+def _check(part: Top, above: Iterable[Key], route: Route, names: Mapping[int, str]) -> None:
     heads = [g for g in part.gradients if g.requires_grad]
     try:
+        route.demand_twice(above)
         if part.N > 1 and heads:
             _check_rows(part)
         for key, g in part.direct.items():

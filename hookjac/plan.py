@@ -6,7 +6,7 @@ autograd's own nodes. Roads of second order are chosen in `curvature`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -89,18 +89,19 @@ def reachable(route: Route, starts: Iterable[Key]) -> set[Key]:
 
 
 def make_plan(
-    tape: Tape, loss: Tensor, params: Mapping[str, nn.Parameter], known: Mapping[int, str]
+    tape: Tape, loss: Tensor, params: Mapping[str, nn.Parameter], known: Mapping[int, str], current: Collection[int]
 ) -> Plan:
     """Survey the graph of a loss.
 
-    params: the parameters to be served, by qualified name. known: those the model had when the block began.
+    params: the parameters to be served, by qualified name. known: all that the model had when the block began;
+    current: all that it has now.
     """
     names = {id(p): name for name, p in params.items()}
     rejected: set[Edge] = set()
     while True:
         route = Route(tape, [edge_of(loss)], rejected)
         selected, outputs, N = _outputs(route)
-        _check_parameters(route, names, known)
+        _check_parameters(route, names, known, current)
         needed = route.needed(names.keys())
         layout, unfit = _probe(route, outputs, N, needed, names, {})
         if not unfit:
@@ -153,13 +154,15 @@ def _first_layers(route: Route) -> list[Edge]:
     return found
 
 
-def _check_parameters(route: Route, names: Mapping[int, str], known: Mapping[int, str]) -> None:
+def _check_parameters(
+    route: Route, names: Mapping[int, str], known: Mapping[int, str], current: Collection[int]
+) -> None:
     """A parameter that the graph remembers must still be the model's, and the same."""
     for key in route.order:
         call, leaf = route.calls.get(key), route.leaf(key)
         found: list[Tensor] = [leaf] if leaf is not None else [] if call is None else list(call.params.values())
         for p in found:
-            if id(p) in known and id(p) not in names and p.requires_grad:
+            if id(p) in known and id(p) not in current:
                 raise HookjacError(
                     f"parameter {known[id(p)]!r} was replaced or removed between forward and backward: the graph still "
                     "leads to the old one. Run the forward again after changing the model."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import detach_variable, set_device_states
 
-from hookjac.graph import Edge, Node, children, edge_of, meta, ordered, pull
+from hookjac.graph import Edge, Node, children, differentiable_once, edge_of, meta, ordered, pull
 from hookjac.rule import Call
 from hookjac.tape import Mark, Tape
 
@@ -124,6 +124,12 @@ class Route:
             if here or any(edge is not None and self.key(edge) in found for edge in self.after[key]):
                 found.add(key)
         return found
+
+    def demand_twice(self, keys: Iterable[Key]) -> None:
+        """Raise what autograd leaves unsaid: a second backward through one of these stations would be zero, not right."""
+        for key in keys:
+            if differentiable_once(key):
+                raise RuntimeError(f"{type(key).__name__} is marked once_differentiable")
 
     def step(self, key: Key, incoming: dict[Edge, Columns], into: Collection[Key]) -> dict[Edge, Columns]:
         """Columns through one station, to those of its children whose stations are in `into`."""
