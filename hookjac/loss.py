@@ -76,7 +76,7 @@ def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Ma
                 raise _mixing(f"layer {route.calls[key].name!r} sees a tensor of shape {tuple(edge.shape)}")
             above.add(key)
             stack += [after for after in route.after[key] if after is not None]
-    direct = _parameters_below(route, free, names)
+    direct = _parameters_below(route, free, names, N)
     edges = frontier + [edge_of(p) for p in direct.values()]
     with fenced(frontier):
         found = gradients([loss], edges, [None], create_graph=True)
@@ -96,9 +96,10 @@ def _leading_to(route: Route, edges: Collection[Edge]) -> set[Key]:
     return found
 
 
-def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str]) -> dict[int, Tensor]:
-    """Tracked parameters that these edges lead to."""
+def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str], N: int) -> dict[int, Tensor]:
+    """Tracked parameters that these edges lead to, by ways that hold no sample."""
     found: dict[int, Tensor] = {}
+    suspects: list[Edge] = []
     seen: set[Key] = set()
     stack = [route.key(edge) for edge in starts]
     while stack:
@@ -111,8 +112,31 @@ def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str]
         if key in route.calls:
             here += list(route.calls[key].params.values())
         found.update((id(p), p) for p in here if id(p) in names)
+        suspects += [edge for edge in route.outs[key] if N > 1 and leaf is None and _brings_samples(route, key, edge, N)]
         stack += [route.key(edge) for edge in route.after[key] if edge is not None]
+    if found and suspects:
+        raise HookjacError(
+            f"the loss reaches parameter {names[next(iter(found))]!r} past the model's outputs, through a tensor of shape "
+            f"{tuple(suspects[0].shape)} in which an axis of {N} appears: these may be samples, and hookjac cannot tell. "
+            "Return that tensor from the model as well, batch first, and select the main one with extend(output=...)."
+        )
     return found
+
+
+_GATHERS = ("Embedding", "Index", "Gather", "Expand", "Repeat")
+
+
+def _brings_samples(route: Route, key: Key, edge: Edge, N: int) -> bool:
+    """Does data enter here? An axis of N comes up that no input with a gradient had; a penalty only loses axes."""
+    if N not in edge.shape:
+        return False
+    if key in route.calls:
+        return True
+    name = type(key).__name__
+    constant = any(after is None for after in route.after[key])
+    if not (constant or name.startswith(_GATHERS)):
+        return False
+    return (constant and "mm" in name.lower()) or all(N not in e.shape for e in route.after[key] if e is not None)
 
 
 def _check(part: Top, above: Iterable[Key], route: Route, names: Mapping[int, str]) -> None:

@@ -131,9 +131,16 @@ def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:
             f"the number of samples differs between calls of the model that share this loss: {sizes}. Use one extend "
             "block and one backward for each batch size."
         )
-    below = reachable(route, [route.key(e) for e in first])
-    others = [e for e, _ in marked if e not in first and route.key(e) not in below and e.shape[:1] == (N,)]
-    return selected, first + others, N
+    # outputs and layers beside the way down from there: an auxiliary head, say. Consumers come first in the order,
+    # so that of a chain only the topmost starts
+    starts, below = list(first), reachable(route, [route.key(e) for e in first])
+    for key in route.order:
+        for e in route.outs[key]:
+            mark = route.mark(e)
+            if key not in below and mark and (mark.output or key in route.calls) and e.shape[:1] == (N,):
+                starts.append(e)
+                below |= reachable(route, [key])
+    return selected, starts, N
 
 
 def _first_layers(route: Route) -> list[Edge]:

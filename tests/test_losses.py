@@ -245,6 +245,43 @@ def test_input_derivatives_in_the_loss() -> None:
         close(p.hess_diag, hessian_diagonal(residuals().mean(), p), (key, "hess_diag"))
 
 
+def side_head(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.a(x))
+    m.kept = m.c(x) if hasattr(m, "c") else F.linear(x, m.w)  # never returned, never below what is
+    return m.b(h)
+
+
+def test_side_head_that_is_never_returned() -> None:
+    """A layer's output is met on the way down, so the samples are known there."""
+    model, x = Fn(side_head, a=nn.Linear(D, 4), b=nn.Linear(4, C), c=nn.Linear(D, 2)), torch.randn(N, D)
+    with hookjac.extend(model, *QUANTITIES):
+        (F.cross_entropy(model(x), Y) + model.kept.pow(4).mean()).backward()
+    check_joint(model, lambda: torch.cat([model(x), model.kept], 1),
+                lambda o: F.cross_entropy(o[:, :C], Y) + o[:, C:].pow(4).mean())  # fmt: skip
+
+
+def test_functional_side_head_is_refused() -> None:
+    """Without a layer it looks like a penalty on a parameter; sharing it equally would be silently wrong."""
+    model, x = Fn(side_head, a=nn.Linear(D, 4), b=nn.Linear(4, C), w=par(2, D)), torch.randn(N, D)
+    with pytest.raises(hookjac.HookjacError, match="reaches parameter 'w' past the model's outputs"):
+        with hookjac.extend(model, "grad_sample"):
+            (F.cross_entropy(model(x), Y) + model.kept.pow(4).mean()).backward()
+
+
+def test_penalty_that_remembers_old_weights() -> None:
+    """Elastic weight consolidation: constants of the parameter's shape, whose first axis is as long as the batch."""
+    model, x = mlp(nn.Tanh), torch.randn(N, D)
+    fisher, old = targets(N, 6).abs(), targets(N, 6)
+    penalty = lambda: (fisher * (model[2].weight - old) ** 2).sum()
+    assert model[2].weight.shape == fisher.shape
+    wanted = expected(model, lambda: model(x), lambda o: F.cross_entropy(o, Y), penalty)
+    with hookjac.extend(model, *QUANTITIES):
+        (F.cross_entropy(model(x), Y) + penalty()).backward()
+    for key, p in trainable(model).items():
+        for q in QUANTITIES:
+            close(getattr(p, q), wanted[key][q], (key, q))
+
+
 @pytest.mark.parametrize("way", ["backward", "function", "list", "grad", "cotangent", "inputs", "grad of one"])
 def test_every_way_to_start_a_backward(way: str) -> None:
     model, x = mlp(nn.Tanh), torch.randn(N, D)
