@@ -1,8 +1,8 @@
 """Per-sample gradients, Jacobians and curvature on every parameter of a PyTorch model, from one backward.
 
-    with hookjac.extend(model):
-        loss.backward()
-    # p.grad_sample [N, *p], p.jac [N, *out, *p], p.hess_diag [*p]
+with hookjac.extend(model):
+    loss.backward()
+# p.grad_sample [N, *p], p.jac [N, *out, *p], p.hess_diag [*p]
 """
 
 from hookjac import layers as layers

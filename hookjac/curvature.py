@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,10 +28,9 @@ from hookjac.graph import Bend, Edge, edge_of, gradients
 from hookjac.loss import hessian
 from hookjac.plan import Plan, reachable
 from hookjac.products import block, diagonal, second_backward
+from hookjac.quantity import Road
 from hookjac.route import Columns, Group, Key, Stop, walk
 from hookjac.samples import Layout, agree
-
-Road = Literal["auto", "columns", "features", "entries"]
 
 _BLOCK = 1 << 27  # entries of one dense block [N, D, D]: a gigabyte in float64
 _MEMORY = 1 << 30  # entries of columns alive at once; beyond, products are the only way
@@ -396,9 +394,9 @@ class Bundle:
             total = block_ if total is None else total + block_
         assert total is not None
         if curve is not None and metric is not None:
-            where = torch.cat([
-                torch.arange(sizes[k], device=total.device) + sum(sizes[:k]) for k in map(alive.index, curve.edges)
-            ])
+            where = torch.cat(
+                [torch.arange(sizes[k], device=total.device) + sum(sizes[:k]) for k in map(alive.index, curve.edges)]
+            )
             bent = torch.diag_embed(metric) if metric.dim() == 2 else metric
             total = total.clone()
             total[:, where[:, None], where[None, :]] += bent

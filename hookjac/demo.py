@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def load(seed: int) -> Digits:
 def build(hidden: tuple[int, ...], activation: str, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     widths, parts = (64, *hidden), []
-    for i, o in zip(widths, widths[1:], strict=False):
+    for i, o in itertools.pairwise(widths):
         parts += [nn.Linear(i, o), ACTIVATIONS[activation]()]
     return nn.Sequential(*parts, nn.Linear(widths[-1], 10))
 
@@ -135,9 +136,11 @@ def agreement(model: nn.Module, data: Digits, batch: int, entries: int) -> dict[
 
 def table(model: nn.Module, measured: Measured, agree: dict[str, float]) -> Table:
     rows = measured.explanation.to_dict()
-    out = Table(title=f"{measured.batch} held-out digits, one backward, {measured.seconds * 1e3:.0f} ms", title_style="")
-    for head in ("parameter", "road", "hess_diag by", "grad_sample", "jac", "hess_diag from", "to", "off from loops by"):
-        out.add_column(head, justify="right" if head in ("hess_diag from", "to", "off from loops by") else "left")
+    out = Table(title=f"{measured.batch} held-out digits, one backward, {measured.seconds * 1e3:.0f} ms")
+    for head in ("parameter", "road", "hess_diag by", "grad_sample", "jac"):
+        out.add_column(head)
+    for head in ("hess_diag from", "to", "off from loops by"):
+        out.add_column(head, justify="right")
     for name, p in _named(model):
         row = rows[name]
         shapes = [" x ".join(map(str, t.shape)) for t in (p.grad_sample, p.jac)]
@@ -160,11 +163,13 @@ def picture(model: nn.Sequential, data: Digits, measured: Measured, path: Path) 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context({"font.size": 9, "axes.edgecolor": MUTED, "axes.titleweight": "bold", "axes.titlelocation": "left",
-                         "axes.spines.top": False, "axes.spines.right": False, "text.color": INK}):  # fmt: skip
+    look = {"font.size": 9, "axes.edgecolor": MUTED, "axes.titleweight": "bold", "axes.titlelocation": "left",
+            "axes.spines.top": False, "axes.spines.right": False, "text.color": INK}  # fmt: skip
+    with plt.rc_context(look):  # type: ignore[arg-type]
         weights = [(name, p) for name, p in _named(model) if p.dim() == 2]
         figure = plt.figure(figsize=(13, 10), layout="constrained")
-        figure.suptitle("What .grad throws away: 1,797 handwritten digits, one small network", fontsize=14, fontweight="bold")
+        title = "What .grad throws away: 1,797 handwritten digits, one small network"
+        figure.suptitle(title, fontsize=14, fontweight="bold")
         parts: Any = figure.subfigures(3, 1, height_ratios=[3.4, 2.2, 3.6])
         upper, middle, lower = parts
         _maps(upper, weights)

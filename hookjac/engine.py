@@ -46,9 +46,7 @@ class Walk:
         self.plan, self.quantities = plan, quantities
         self.wanted = {q.columns for q in quantities}
         self.results: Results = {p: {} for p in plan.names}
-        self.receipts = {
-            p: Receipt(open=len(plan.uses.get(p, [])) + (p in plan.glue)) for p in plan.names
-        }
+        self.receipts = {p: Receipt(open=len(plan.uses.get(p, [])) + (p in plan.glue)) for p in plan.names}
         self.out_shape = torch.Size()
         self.seeds: dict[Edge, Columns] = {}
         self.loss = Group("loss", 1)
@@ -160,9 +158,7 @@ class Walk:
     def _half_done(self) -> bool:
         """Is a parameter between two of its uses? Then the columns of the first must meet those of the second."""
         assert self.roads is not None
-        return any(
-            self.receipts[p].factors and self.receipts[p].open for p in self.roads.going("columns")
-        )
+        return any(self.receipts[p].factors and self.receipts[p].open for p in self.roads.going("columns"))
 
     def _walk_masked(self, sources: dict[Edge, Columns], products: dict[int, Tensor]) -> None:
         """Columns with one sample's rows each, from where samples can be parted to the parameters no rule explains."""
@@ -215,9 +211,7 @@ class Walk:
             incoming = {e: buffers.pop(e) for e in route.outs[key] if e in buffers}
             if not incoming:
                 continue
-            into = leaves | {
-                k for e in route.after[key] if e is not None and (k := route.key(e)) in plan.masked
-            }
+            into = leaves | {k for e in route.after[key] if e is not None and (k := route.key(e)) in plan.masked}
             for edge, columns in route.step(key, incoming, into).items():
                 if route.key(edge) in leaves or edge not in plan.layout:
                     for g, t in columns.items():

@@ -145,9 +145,7 @@ def pull(node: Node, grads: dict[int, Tensor]) -> list[Tensor | None]:
             found = [None if t is None else t.unsqueeze(0) for t in out]
         else:
             found = _batched(node, columns)
-    return [
-        None if t is None or edge is None else fit(t, edge, 1) for t, edge in zip(found, after, strict=True)
-    ]
+    return [None if t is None or edge is None else fit(t, edge, 1) for t, edge in zip(found, after, strict=True)]
 
 
 def _batched(node: Node, columns: list[Tensor]) -> list[Tensor | None]:
@@ -172,10 +170,7 @@ def _batched(node: Node, columns: list[Tensor]) -> list[Tensor | None]:
         # Some backwards (custom Functions, kernels without a batching rule) refuse vmap: a loop is as exact.
         # An error of the node itself comes again from here, in its own words.
         rows = [_apply(node, [c[v] for c in columns]) for v in range(columns[0].shape[0])]
-        return [
-            None if r[0] is None else torch.stack([t for t in r if t is not None])
-            for r in zip(*rows, strict=True)
-        ]
+        return [None if r[0] is None else torch.stack([t for t in r if t is not None]) for r in zip(*rows, strict=True)]
 
 
 @contextlib.contextmanager
@@ -240,8 +235,7 @@ def gradients(
         except RuntimeError:
             rows = [once([None if c is None else c[v] for c in cotangents], False) for v in range(V)]
             found = [
-                None if r[0] is None else torch.stack([t for t in r if t is not None])
-                for r in zip(*rows, strict=True)
+                None if r[0] is None else torch.stack([t for t in r if t is not None]) for r in zip(*rows, strict=True)
             ]
     lead = (V,) if batched else ()
     result = []
@@ -284,6 +278,4 @@ class Bend:
             return [torch.zeros_like(t) for t in tangents]
         heads = [t for _, t in self._heads]
         with fenced(self.edges):
-            return gradients(
-                heads, self.edges, [tangents[k].expand(V, *h.shape) for k, h in self._heads], batched=True
-            )
+            return gradients(heads, self.edges, [tangents[k].expand(V, *h.shape) for k, h in self._heads], batched=True)

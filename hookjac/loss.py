@@ -112,13 +112,14 @@ def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str]
         if key in route.calls:
             here += list(route.calls[key].params.values())
         found.update((id(p), p) for p in here if id(p) in names)
-        suspects += [edge for edge in route.outs[key] if N > 1 and leaf is None and _brings_samples(route, key, edge, N)]
+        if N > 1 and leaf is None:
+            suspects += [edge for edge in route.outs[key] if _brings_samples(route, key, edge, N)]
         stack += [route.key(edge) for edge in route.after[key] if edge is not None]
     if found and suspects:
         raise HookjacError(
-            f"the loss reaches parameter {names[next(iter(found))]!r} past the model's outputs, through a tensor of shape "
-            f"{tuple(suspects[0].shape)} in which an axis of {N} appears: these may be samples, and hookjac cannot tell. "
-            "Return that tensor from the model as well, batch first, and select the main one with extend(output=...)."
+            f"the loss reaches parameter {names[next(iter(found))]!r} past the model's outputs, through a "
+            f"tensor of shape {tuple(suspects[0].shape)} in which an axis of {N} appears: these may be samples, and "
+            "hookjac cannot tell. Return that tensor from the model as well, batch first, and select the main one with extend(output=...)."
         )
     return found
 
@@ -177,9 +178,7 @@ def _check_rows(part: Top) -> None:
     both = [torch.stack([t, scaled(t, factors.to(t.dtype), layout)]) for t in u]
     index = [k for k, g in enumerate(part.gradients) if g.requires_grad]
     with fenced(part.frontier):
-        found = gradients(
-            [part.gradients[k] for k in index], part.frontier, [both[k] for k in index], batched=True
-        )
+        found = gradients([part.gradients[k] for k in index], part.frontier, [both[k] for k in index], batched=True)
     for edge, (plain, times) in zip(part.frontier, found, strict=True):
         if not agree(times, scaled(plain, factors.to(plain.dtype), layout)):
             raise _mixing(f"a sample's loss depends on other samples at a tensor of shape {tuple(edge.shape)}")
@@ -206,9 +205,7 @@ def hessian(loss: Tensor, edges: list[Edge], N: int) -> Tensor:
         found = []
         for _, t in units(C, C, loss.detach().reshape(-1)[0]):
             parts = t.split(sizes, 1)
-            tangents = [
-                p.reshape(-1, 1, *s[1:]).expand(-1, *s) for p, s in zip(parts, shapes, strict=True)
-            ]
+            tangents = [p.reshape(-1, 1, *s[1:]).expand(-1, *s) for p, s in zip(parts, shapes, strict=True)]
             rows = gradients([heads[k] for k in index], edges, [tangents[k] for k in index], batched=True)
             found.append(torch.cat([r.reshape(t.shape[0], N, -1) for r in rows], 2))
     H = torch.cat(found).transpose(0, 1)

@@ -177,7 +177,8 @@ def _check_parameters(
         moved: list[Tensor] = []
         if call is not None:
             moved = [
-                p for k, p in call.params.items()
+                p
+                for k, p in call.params.items()
                 if id(p) in names and (p.data_ptr(), p.dtype, p.shape) != _like(call.values[k])
             ]
         elif leaf is not None and id(leaf) in names:

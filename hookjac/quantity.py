@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hookjac.curvature import Road
 from hookjac.factor import Dense, Factor
 
 Wanted = Literal["loss", "output", "ggn", "hessian"]
+Road = Literal["auto", "columns", "features", "entries"]  # how a Hessian diagonal is found; see `curvature`
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Route:
         return found
 
     def demand_twice(self, keys: Iterable[Key]) -> None:
-        """Raise what autograd leaves unsaid: a second backward through one of these stations would be zero, not right."""
+        """Raise what autograd leaves unsaid: a second backward through one of these would be zero, not right."""
         for key in keys:
             if differentiable_once(key):
                 raise RuntimeError(f"{type(key).__name__} is marked once_differentiable")

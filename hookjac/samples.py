@@ -37,8 +37,10 @@ class Layout:
         t = t.reshape(*t.shape[:at], self.outer, self.N, self.inner, *t.shape[at + 1 :])
         t = t.movedim(at + 1, 1)
         # merged axes of size one go: a transposed batch leaves the plain rest
-        return t.reshape(*t.shape[: at + 1], self.outer * self.inner, *t.shape[at + 3 :]) if self.merged else (
-            t.reshape(*t.shape[: at + 1], *t.shape[at + 3 :])
+        return (
+            t.reshape(*t.shape[: at + 1], self.outer * self.inner, *t.shape[at + 3 :])
+            if self.merged
+            else (t.reshape(*t.shape[: at + 1], *t.shape[at + 3 :]))
         )
 
     @property

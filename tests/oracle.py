@@ -56,8 +56,10 @@ def expected(
         J = jacobian(output, p)
         rows = J.reshape(N, rest.numel(), *p.shape)
         per_sample = torch.stack(
-            [sum((g * r for g, r in zip(slope[n].detach().reshape(-1), rows[n], strict=True)), torch.zeros_like(p))
-             for n in range(N)]
+            [
+                sum((g * r for g, r in zip(slope[n].detach().reshape(-1), rows[n], strict=True)), torch.zeros_like(p))
+                for n in range(N)
+            ]
         ).detach()
         ggn = torch.zeros_like(p).detach()
         for n in range(N):
@@ -68,7 +70,10 @@ def expected(
             per_sample = per_sample + grad(penalty(), p).detach() / N
             ggn = ggn + hessian_diagonal(penalty(), p)
         found[name] = {
-            "grad_sample": per_sample, "jac": J, "ggn_diag": ggn, "hess_diag": hessian_diagonal(loss, p),
+            "grad_sample": per_sample,
+            "jac": J,
+            "ggn_diag": ggn,
+            "hess_diag": hessian_diagonal(loss, p),
             "grad": grad(loss, p).detach(),
         }
     return found

@@ -89,8 +89,9 @@ def test_not_a_module() -> None:
 def test_no_trainable_parameter() -> None:
     with pytest.raises(HookjacError, match="no trainable parameter"), extend(nn.Tanh()):
         pass
-    with pytest.raises(HookjacError, match="2 parameters, all with requires_grad=False"), extend(
-        nn.Linear(2, 2).requires_grad_(False)
+    with (
+        pytest.raises(HookjacError, match="2 parameters, all with requires_grad=False"),
+        extend(nn.Linear(2, 2).requires_grad_(False)),
     ):
         pass
 
@@ -253,8 +254,12 @@ def test_parameter_replaced_or_moved() -> None:
     def swap(m: Any) -> None:
         m[0].weight.data = m[0].weight.data.clone()
 
-    for how, match in [(replace, "'0.weight' was replaced or removed"), (remove, "'0.weight' was replaced or removed"),
-                       (cast, "was moved, cast or given new data"), (swap, "was moved, cast or given new data")]:
+    for how, match in [
+        (replace, "'0.weight' was replaced or removed"),
+        (remove, "'0.weight' was replaced or removed"),
+        (cast, "was moved, cast or given new data"),
+        (swap, "was moved, cast or given new data"),
+    ]:
         model = mlp(nn.Tanh)
         refuses(match, model, change(how, model))
 

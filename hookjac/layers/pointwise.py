@@ -174,18 +174,12 @@ def _softsign2(call: Call) -> Tensor:
 
 register(elementwise("sigmoid", nn.Sigmoid, d1=_sigmoid1, d2=_sigmoid2))
 register(elementwise("tanh", nn.Tanh, d1=_tanh1, d2=_tanh2))
-register(
-    elementwise("tanhshrink", nn.Tanhshrink, d1=lambda c: c.x.tanh().square(), d2=lambda c: -_tanh2(c))
-)
+register(elementwise("tanhshrink", nn.Tanhshrink, d1=lambda c: c.x.tanh().square(), d2=lambda c: -_tanh2(c)))
 register(elementwise("silu", nn.SiLU, d1=_silu1, d2=_silu2))
 register(elementwise("mish", nn.Mish, d1=_mish1, d2=_mish2))
 register(elementwise("gelu", nn.GELU, d1=_gelu1, d2=_gelu2))
 register(elementwise("softplus", nn.Softplus, d1=_softplus1, d2=_softplus2))
 register(elementwise("log sigmoid", nn.LogSigmoid, d1=lambda c: (-c.x).sigmoid(), d2=lambda c: -_sigmoid1(c)))
-register(
-    elementwise("softsign", nn.Softsign, d1=lambda c: 1 / (1 + c.x.abs()).square(), d2=_softsign2)
-)
+register(elementwise("softsign", nn.Softsign, d1=lambda c: 1 / (1 + c.x.abs()).square(), d2=_softsign2))
 register(elementwise("exponential", nn.ELU, nn.CELU, nn.SELU, d1=_exponential1, d2=_exponential2))
-register(
-    elementwise("hardswish", nn.Hardswish, d1=_hardswish1, d2=lambda c: _is((c.x > -3) & (c.x < 3), c.x) / 3)
-)
+register(elementwise("hardswish", nn.Hardswish, d1=_hardswish1, d2=lambda c: _is((c.x > -3) & (c.x < 3), c.x) / 3))

@@ -1,0 +1,88 @@
+"""Random nets that mix rules, glue, sharing and in-place code, against the loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import Fn, par, random_loss
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import close, expected, trainable
+from torch import Tensor, nn
+
+from hookjac import HessDiag, extend
+
+Step = Callable[[Any, Tensor, Tensor], Tensor]  # model, current [N, T, d], an earlier tensor of the same shape
+
+STEPS: dict[str, tuple[Callable[[int], dict[str, nn.Module | nn.Parameter]], Step]] = {
+    "linear": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x)),
+    "tanh": (lambda d: {"f": nn.Tanh()}, lambda m, x, e: m.f(x)),
+    "relu": (lambda d: {"f": nn.ReLU()}, lambda m, x, e: m.f(x)),
+    "functional gelu": (lambda d: {}, lambda m, x, e: nn.functional.gelu(x)),
+    "in-place relu": (lambda d: {"f": nn.Linear(d, d), "r": nn.ReLU(inplace=True)}, lambda m, x, e: m.r(m.f(x))),
+    "residual": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: x + torch.sin(m.f(x))),
+    "skip": (lambda d: {}, lambda m, x, e: x + e),
+    "gate": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: x * torch.sigmoid(m.f(e))),
+    "softmax": (lambda d: {}, lambda m, x, e: torch.softmax(x, -1)),
+    "layer norm": (lambda d: {"f": nn.LayerNorm(d)}, lambda m, x, e: m.f(x)),
+    "scale": (lambda d: {"s": par(d)}, lambda m, x, e: x * m.s),
+    "attention": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: torch.softmax(m.f(x) @ e.transpose(1, 2), -1) @ x),
+    "reuse": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(torch.tanh(m.f(x)))),
+    "time first": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x.transpose(0, 1)).transpose(0, 1)),
+    "rows": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x.reshape(-1, x.shape[-1])).reshape(x.shape)),
+    "permute features": (lambda d: {}, lambda m, x, e: x.flip(-1)),
+    "mix time": (lambda d: {}, lambda m, x, e: x.cumsum(1)),
+    "slices": (lambda d: {}, lambda m, x, e: torch.cat([x[..., 1:], x[..., :1].exp()], -1)),
+    "in-place slice": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: _write(m.f(x), e)),
+}
+
+
+def _write(h: Tensor, e: Tensor) -> Tensor:
+    h[..., 0] = e[..., -1].sin()
+    h.mul_(0.7)
+    return h
+
+
+class Net(nn.Module):
+    """Steps over tensors [N, T, d]; `back` says how far each looks back, `shared` reuses the first linear layer."""
+
+    def __init__(self, names: list[str], back: list[int], d: int, out: int, shared: bool) -> None:
+        super().__init__()
+        self.names, self.back = names, back
+        self.parts = nn.ModuleList(Fn(STEPS[name][1], **STEPS[name][0](d)) for name in names)
+        linears = [m.f for m in self.parts if isinstance(getattr(m, "f", None), nn.Linear)]
+        if shared and len(linears) > 1:
+            linears[-1].weight = linears[0].weight
+        self.head = nn.Linear(d, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for part, back in zip(self.parts, self.back, strict=True):
+            seen.append(part(seen[-1], seen[max(0, len(seen) - 1 - back)]))
+        return self.head(seen[-1]).sum(1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5),
+    back=st.lists(st.integers(0, 3), min_size=5, max_size=5),
+    N=st.integers(1, 3),
+    T=st.integers(1, 3),
+    d=st.integers(2, 3),
+    shared=st.booleans(),
+    road=st.sampled_from(["auto", "columns", "features"]),
+    seed=st.integers(0, 9),
+)
+def test_random_nets(
+    names: list[str], back: list[int], N: int, T: int, d: int, shared: bool, road: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model, x = Net(names, back[: len(names)], d, 2, shared), torch.randn(N, T, d)
+    wanted = expected(model, lambda: model(x), random_loss)
+    with extend(model, "grad_sample", "jac", "ggn_diag", HessDiag(road=road)):
+        random_loss(model(x)).backward()
+    for name, p in trainable(model).items():
+        for q in ("grad_sample", "jac", "ggn_diag", "hess_diag"):
+            close(getattr(p, q), wanted[name][q], (name, q))

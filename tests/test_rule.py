@@ -1,0 +1,99 @@
+"""Records check themselves, and the register has manners."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hookjac import HookjacError, Rule, extend, register, rule
+from hookjac.rule import elementwise, linear_map, lookup
+
+
+@pytest.fixture(autouse=True)
+def separate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "_RULES", dict(rule._RULES))
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_rule_of_ones_own() -> None:
+    register(linear_map("double", Double, pull=lambda call, G: 2 * G))
+    model = nn.Sequential(nn.Linear(3, 2), Double())
+    with extend(model, "grad_sample"):
+        model(torch.randn(4, 3)).square().sum().backward()
+    assert torch.allclose(model[0].weight.grad_sample.sum(0), model[0].weight.grad)
+    register(elementwise("cube", Cube, d1=lambda c: 3 * c.x**2, d2=lambda c: 6 * c.x))
+    assert lookup(Cube()) is not None
+
+
+class Cube(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**3
+
+
+def test_a_class_has_one_rule() -> None:
+    with pytest.raises(ValueError, match="Linear has the rule 'linear' already"):
+        register(linear_map("mine", nn.Linear, pull=lambda call, G: G))
+
+
+def test_a_rule_checks_itself() -> None:
+    with pytest.raises(TypeError, match="must be subclasses of nn.Module"):
+        Rule(name="x", modules=(int,), pull=lambda c, G: G)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be subclasses of nn.Module"):
+        Rule(name="x", modules=(), pull=lambda c, G: G)
+    with pytest.raises(ValueError, match="`params` and `factors` go together"):
+        Rule(name="x", modules=(Double,), pull=lambda c, G: G, params=("weight",))
+    good = Rule(name="x", modules=(Double,), pull=lambda c, G: G)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        good.name = "y"  # type: ignore[misc]
+
+
+class Plain(nn.Linear):
+    """Nothing changed."""
+
+
+class Loud(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class More(nn.Linear):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def test_which_modules_are_claimed() -> None:
+    assert lookup(Plain(2, 2)) is lookup(nn.Linear(2, 2)) is not None
+    assert lookup(Loud(2, 2)) is None
+    assert lookup(More(2, 2)) is None
+    patched = nn.Linear(2, 2)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    assert lookup(patched) is None
+    assert lookup(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) is None
+    assert lookup(nn.ReLU(inplace=True)) is None
+    assert lookup(nn.Flatten(0)) is None
+    assert lookup(nn.Flatten(1)) is not None
+    assert lookup(nn.Bilinear(2, 2, 2)) is None
+
+
+def test_a_patched_instance_is_still_exact() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
+    inner = model[2].forward
+    model[2].forward = lambda x: inner(x).exp()  # type: ignore[method-assign]
+    with extend(model, "grad_sample", "hess_diag") as ext:
+        model(torch.randn(4, 3)).square().sum().backward()
+    assert ext.explain().to_dict()["2.weight"]["road"] == "masked columns"
+    for p in model.parameters():
+        assert torch.allclose(p.grad_sample.sum(0), p.grad)
+
+
+def test_error_is_a_runtime_error() -> None:
+    assert issubclass(HookjacError, RuntimeError)
