@@ -1,42 +1,31 @@
-"""The Hessian's diagonal: where the network bends, which road each parameter takes, and what it will cost.
+"""Where the network bends, and columns that gather all of its curvature in one walk.
 
 H = sum over curved stations u of J_uᵀ M_u J_u, with J_u the Jacobian of what u is given in the parameters and
 M_u the second derivative of u under the loss gradient; the loss itself is the first such station. Each is a
-group of columns with a metric, and three roads lead to the diagonal:
-
-columns   unit columns of each curved station walk down. As soon as they are more than the features they pass
-          through, they are replaced by the unit columns of those features, with the dense symmetric block of
-          what has come so far as their metric (`Bundle.reroot`).
-features  for a layer z = W x + b used once: H_ij,ij = sum_n x_j² [H_z]_ii, one Hessian-vector product for each
-          feature of z, by double backward.
-entries   one Hessian-vector product for each entry of the parameter. Always exact.
+group of columns with a metric: the unit columns of what u is given, weighed by M_u. As soon as there are more
+columns than features that they pass through, they are replaced by the unit columns of those features, with the
+dense symmetric block of what has come so far as their metric (`Bundle._reroot`).
 
 N samples · D features of one sample at a tensor · V columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.factor import quad_block
-from hookjac.graph import Bend, Edge, edge_of, gradients
+from hookjac.graph import Bend, Edge
 from hookjac.loss import hessian
 from hookjac.plan import Plan, reachable
-from hookjac.products import block, diagonal, second_backward
-from hookjac.quantity import Road
-from hookjac.route import Columns, Group, Key, Stop, walk
+from hookjac.route import Group, Key, Stop
 from hookjac.samples import Layout, agree
 
 _BLOCK = 1 << 27  # entries of one dense block [N, D, D]: a gigabyte in float64
-_MEMORY = 1 << 30  # entries of columns alive at once; beyond, products are the only way
-_STATION = 1e5  # FLOPs that the overhead of one call is worth
-_PRODUCT = 4.0  # a double backward, in walks over the same stations
-_RATE = 5e9  # FLOPs a second, for telling the bill in time
 
 
 @dataclass(eq=False)
@@ -131,111 +120,7 @@ def _try_diagonal(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tu
     return [t[0] for t in found], alike
 
 
-@dataclass(eq=False)
-class Roads:
-    """How `hess_diag` will be found, and the bill."""
-
-    road: dict[int, Road] = field(default_factory=dict)  # id of a parameter -> columns, features or entries
-    why: dict[int, str] = field(default_factory=dict)
-    curves: dict[Key, Curve] = field(default_factory=dict)
-    active: set[Key] = field(default_factory=set)  # stations above parameters that go by columns
-    flops: float = 0.0
-
-    def going(self, road: Road) -> set[int]:
-        return {p for p, r in self.road.items() if r == road}
-
-
-def choose(plan: Plan, edges: list[Edge], bare: list[str], wish: Road) -> Roads:
-    """A road for every parameter: columns if they can be had and are cheaper than products, else products."""
-    roads = Roads()
-    candidates: set[int] = set()
-    for p in plan.names:
-        uses = plan.uses.get(p, [])
-        if p in plan.glue or (not uses and p in plan.top.direct):
-            roads.road[p], roads.why[p] = "entries", "used outside a layer that a rule explains"
-        elif not uses:
-            roads.road[p], roads.why[p] = "columns", "not reached from the loss: zero"
-        elif _feeds_itself(plan, uses):
-            roads.road[p], roads.why[p] = "entries", "one use feeds another: the layer is bilinear in weight and input"
-        else:
-            candidates.add(p)
-            roads.road[p], roads.why[p] = "columns", "rule"
-    if bare:
-        _by_products(plan, roads, candidates, "the loss uses parameters before the model's output")
-        candidates = set()
-    inside = reachable(plan.route, [plan.route.key(e) for e in edges])  # what lies above is the loss, not the network
-    candidates = _settle(plan, roads, candidates, inside)
-    columns = _columns_cost(plan, roads, edges)
-    products = sum(_product_cost(plan, p, _product_road(plan, p)) for p in candidates)
-    if wish == "features" or (wish == "auto" and columns > products):
-        _by_products(plan, roads, candidates, f"{products:.1e} FLOPs; columns {columns:.1e}")
-        roads.active, roads.curves, columns = set(), {}, 0.0
-    if wish == "entries":
-        for p in plan.names:
-            roads.road[p], roads.why[p] = "entries", "as asked for"
-        roads.active, roads.curves, columns = set(), {}, 0.0
-    roads.flops = columns + sum(_product_cost(plan, p, r) for p, r in roads.road.items() if r != "columns")
-    return roads
-
-
-def _by_products(plan: Plan, roads: Roads, params: Collection[int], why: str) -> None:
-    for p in params:
-        roads.road[p], roads.why[p] = _product_road(plan, p), why
-
-
-def _product_road(plan: Plan, p: int) -> Road:
-    return "features" if len(plan.uses.get(p, [])) == 1 else "entries"
-
-
-def _feeds_itself(plan: Plan, uses: list[Key]) -> bool:
-    if len(uses) < 2:
-        return False
-    for key in uses:
-        source = plan.route.after[key][0]
-        if source is not None and reachable(plan.route, [plan.route.key(source)]) & set(uses):
-            return True
-    return False
-
-
-def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) -> set[int]:
-    """Find the curved stations above the candidates. Those below one that cannot be parted go by products."""
-    route = plan.route
-    while True:
-        roads.active = {k for k in route.needed(candidates) if k in plan.below} if candidates else set()
-        roads.curves, lost = {}, set()
-        if not candidates:
-            return candidates
-        group = Group("loss", 1)
-        seeds: dict[Edge, Columns] = {
-            e: {group: g.detach().unsqueeze(0)} for e, g in zip(plan.top.frontier, plan.top.gradients, strict=True)
-        }
-        for stop in walk(route, seeds, plan.needed):
-            below = [e for e in route.after[stop.key] if e is not None and route.key(e) in roads.active]
-            below = list(dict.fromkeys(e for e in below if e.leaf is None))
-            if not below or stop.key not in roads.active or stop.key not in inside:
-                continue
-            call = route.calls.get(stop.key)
-            if call is not None:
-                if call.rule.bend is not None:
-                    roads.curves[stop.key] = Curve(below, True)
-            else:
-                grads = {e.nr: c[group][0] for e, c in stop.incoming.items()}
-                try:
-                    curve = _curve(stop.key, grads, below)
-                except RuntimeError:
-                    curve = Curve(below, False)
-                    lost |= _params_below(plan, below) & candidates
-                if curve is not None:
-                    roads.curves[stop.key] = curve
-            if stop.key in roads.curves and any(e not in plan.layout for e in below):
-                lost |= _params_below(plan, below) & candidates
-        if not lost:
-            return candidates
-        _by_products(plan, roads, lost, "below a curved step in which samples cannot be told apart")
-        candidates = candidates - lost
-
-
-def _curve(key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> Curve | None:
+def curve_of(key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> Curve | None:
     bend = Bend(key, grads, edges)
     if bend.flat:
         return None
@@ -245,79 +130,18 @@ def _curve(key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> Curve | Non
     return Curve(edges, is_diagonal)
 
 
-def _params_below(plan: Plan, edges: Collection[Edge]) -> set[int]:
-    keys = reachable(plan.route, [plan.route.key(e) for e in edges])
-    return {p for p, uses in plan.uses.items() if any(k in keys for k in uses)}
-
-
-# The bill ---------------------------------------------------------------------------------------------------
-
-
-def work(plan: Plan, key: Key) -> float:
-    """FLOPs of one column through one station, roughly."""
-    size = float(sum(e.shape.numel() for e in plan.route.outs[key] if e.leaf is None))
-    call = plan.route.calls.get(key)
-    if call is not None:
-        matrix = [v for v in call.values.values() if v.dim() > 1]
-        return size * (2 * sum(m[0].numel() for m in matrix) + 2)
-    if "mm" in type(key).__name__.lower():
-        widths = [e.shape[-1] for e in plan.route.after[key] if e is not None and e.leaf is None and e.shape]
-        return size * 2 * max(widths, default=1)
-    return size * 4
-
-
 def worth_rerooting(size: int, D: int, N: int) -> bool:
     """More columns than features: the features' own unit columns and one dense block are fewer."""
     return size > D and N * D * D <= _BLOCK
 
 
-def _columns_cost(plan: Plan, roads: Roads, edges: list[Edge]) -> float:
-    """The walk of `Bundle`, in numbers."""
-    route, N = plan.route, plan.N
-    alive: dict[Edge, int] = {}
-    total, most = 0.0, 0.0
-    size = sum(features(e, N) for e in edges)
-    for edge in edges:
-        alive[edge] = 1
-    for key in route.order:
-        here = [e for e in route.outs[key] if e in alive]
-        if key not in roads.active or not here:
-            continue
-        for e in here:
-            del alive[e]
-        total += size * work(plan, key) + _STATION
-        alive.update({e: 1 for e in route.after[key] if e is not None and route.key(e) in roads.active})
-        curve = roads.curves.get(key)
-        if curve is not None:
-            size += sum(features(e, N) for e in curve.edges)
-        D = sum(features(e, N) for e in alive)
-        if D and worth_rerooting(size, D, N):
-            total += 2.0 * N * min(size, D) * D * D
-            size = D
-        most = max(most, size * sum(float(e.shape.numel()) for e in alive))
-    return float("inf") if most > _MEMORY else total
-
-
-def _product_cost(plan: Plan, p: int, road: Road) -> float:
-    route = plan.route
-    if road == "entries" or p not in plan.uses:
-        stations = [k for k in route.order if k in plan.needed]
-        count = plan.params[p].numel()
-    else:
-        (key,) = plan.uses[p]
-        stations = [k for k in route.order[: route.order.index(key)] if k in plan.needed]
-        count = features(route.outs[key][0], plan.N)
-    return count * _PRODUCT * (sum(work(plan, k) for k in stations) + _STATION * len(stations) / 16)
-
-
-# The walk ---------------------------------------------------------------------------------------------------
-
-
 class Bundle:
     """The groups of columns that make up the Hessian, while they walk."""
 
-    def __init__(self, plan: Plan, roads: Roads, first: Group, keep: bool) -> None:
-        self.plan, self.roads = plan, roads
+    def __init__(
+        self, plan: Plan, curves: Mapping[Key, Curve], active: Collection[Key], first: Group, keep: bool
+    ) -> None:
+        self.plan, self.curves, self.active = plan, curves, active
         self.members: list[Group] = [first]
         self._keep = {first} if keep else set()  # another quantity reads these columns further down
 
@@ -325,12 +149,12 @@ class Bundle:
         """Add what this station bends, then drop to fewer columns where that is possible."""
         route, N = self.plan.route, self.plan.N
         for edge, columns in stop.outgoing.items():
-            if route.key(edge) not in self.roads.active:
+            if route.key(edge) not in self.active:
                 for group in self.members:
                     if group not in self._keep:
                         columns.pop(group, None)
-        curve = self.roads.curves.get(stop.key)
-        if stop.key not in self.roads.active:
+        curve = self.curves.get(stop.key)
+        if stop.key not in self.active:
             return
         alive = [e for e in {**stop.waiting, **stop.outgoing} if self._carries(stop, e)]
         if curve is not None:
@@ -350,7 +174,7 @@ class Bundle:
             self._add(stop, curve.edges, metric, f"bend {len(self.members)}")
 
     def _carries(self, stop: Stop, edge: Edge) -> bool:
-        if self.plan.route.key(edge) not in self.roads.active:
+        if self.plan.route.key(edge) not in self.active:
             return False
         return any(g in c for c in (stop.waiting.get(edge, {}), stop.outgoing.get(edge, {})) for g in self.members)
 
@@ -407,38 +231,3 @@ class Bundle:
                         columns.pop(group, None)
         self.members = []
         self._add(stop, alive, total, "block")
-
-
-def by_products(plan: Plan, roads: Roads) -> dict[int, Tensor]:
-    """The diagonals of all parameters that go by double backward."""
-    found: dict[int, Tensor] = {}
-    chosen = [p for p in plan.names if roads.road[p] != "columns"]
-    if not chosen:
-        return found
-    edges: list[Edge] = []
-    for p in chosen:
-        edges.append(plan.route.outs[plan.uses[p][0]][0] if roads.road[p] == "features" else edge_of(plan.params[p]))
-    unique = list(dict.fromkeys(edges))
-    with second_backward([plan.names[p] for p in chosen]):
-        first = gradients([plan.top.loss], unique, [None], create_graph=True)
-    heads = dict(zip(unique, first, strict=True))
-    blocks: dict[Edge, Tensor] = {}
-    for p, edge in zip(chosen, edges, strict=True):
-        with second_backward([plan.names[p]]):
-            plan.route.demand_twice(plan.route.needed({p}))
-            found[p] = _by_product(plan, roads.road[p], p, edge, heads[edge], blocks)
-    return found
-
-
-def _by_product(plan: Plan, road: Road, p: int, edge: Edge, head: Tensor, blocks: dict[Edge, Tensor]) -> Tensor:
-    if road == "entries":
-        return diagonal(head, edge)
-    (key,) = plan.uses[p]
-    call, layout = plan.route.calls[key], plan.layout[edge]
-    assert call.rule.factors is not None
-    columns = unit_columns([edge], [layout], head.detach().reshape(-1)[0])[0]
-    name = next(k for k, q in call.params.items() if id(q) == p)
-    if edge not in blocks:
-        spread = layout.split(columns[:1]).dim() > 3  # several positions share the weight
-        blocks[edge] = block(head, edge, layout, diagonal_only=not spread)
-    return call.rule.factors(call, columns, layout)[name].quad(blocks[edge])

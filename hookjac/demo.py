@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -136,18 +138,20 @@ def agreement(model: nn.Module, data: Digits, batch: int, entries: int) -> dict[
 
 def table(model: nn.Module, measured: Measured, agree: dict[str, float]) -> Table:
     rows = measured.explanation.to_dict()
-    out = Table(title=f"{measured.batch} held-out digits, one backward, {measured.seconds * 1e3:.0f} ms")
-    for head in ("parameter", "road", "hess_diag by", "grad_sample", "jac"):
-        out.add_column(head)
-    for head in ("hess_diag from", "to", "off from loops by"):
+    N, title = measured.batch, f"{measured.batch} held-out digits, one backward, {measured.seconds * 1e3:.0f} ms"
+    shapes = f"grad_sample [{N}, *p]   jac [{N}, 10, *p]   hess_diag [*p]   error: against plain autograd loops"
+    out = Table(title=title, caption=shapes, box=SIMPLE_HEAD)
+    for head in ("parameter", "p", "road", "hess_diag"):
+        out.add_column(head, no_wrap=True)
+    for head in ("from", "to", "error"):
         out.add_column(head, justify="right")
     for name, p in _named(model):
-        row = rows[name]
-        shapes = [" x ".join(map(str, t.shape)) for t in (p.grad_sample, p.jac)]
-        out.add_row(
-            name, f"{row['road']} ({row['why'].split(';')[0]})", row["hessian"], *shapes, f"{p.hess_diag.min():.1e}",
-            f"{p.hess_diag.max():.1e}", f"{agree[name]:.0e}",
-        )  # fmt: skip
+        row, shape = rows[name], " x ".join(map(str, p.shape))
+        assert p.grad_sample.shape == (N, *p.shape)
+        assert p.jac.shape == (N, 10, *p.shape)
+        road = f"{row['road']} ({row['why'].split(';')[0]})"
+        lowest, highest = f"{p.hess_diag.min():.1e}", f"{p.hess_diag.max():.1e}"
+        out.add_row(name, shape, road, f"by {row['hessian']}", lowest, highest, f"{agree[name]:.0e}")
     return out
 
 
@@ -198,17 +202,16 @@ def _maps(figure: Any, weights: list[tuple[str, Any]]) -> None:
         if k:
             axis.set_xlabel("input")
             axis.set_ylabel("output")
-        figure.colorbar(image, ax=axis, shrink=0.8, ticks=[-top, 0, top], format="%.0e")
+        figure.colorbar(image, ax=axis, shrink=0.8, ticks=[-top, 0, top],
+                        format=lambda h, _: f"{h:.0e}" if h else "0")  # fmt: skip
 
 
 def mosaic(h: Tensor) -> Any:  # [hidden, 64] -> one image of 8 x 8 tiles with gaps
     per_row = max(1, round((1.6 * h.shape[0]) ** 0.5))
     rows = -(-h.shape[0] // per_row)
-    out = np.full((rows * 9 - 1, per_row * 9 - 1), np.nan)
-    for k, tile in enumerate(h.reshape(-1, 8, 8).numpy()):
-        r, c = divmod(k, per_row)
-        out[r * 9 : r * 9 + 8, c * 9 : c * 9 + 8] = tile
-    return out
+    tiles = np.full((rows * per_row, 9, 9), np.nan)
+    tiles[: len(h), :8, :8] = rearrange(h.numpy(), "hidden (y x) -> hidden y x", x=8)
+    return rearrange(tiles, "(r c) y x -> (r y) (c x)", c=per_row)[:-1, :-1]
 
 
 def _histogram(figure: Any, data: Digits, measured: Measured) -> None:

@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from hookjac.curvature import Bundle, Roads, by_products, choose, cut, loss_hessian, unit_columns
+from hookjac.curvature import Bundle, cut, loss_hessian, unit_columns
 from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, add
 from hookjac.graph import Edge, edge_of, meta
 from hookjac.plan import Plan
 from hookjac.products import diagonal
+from hookjac.progress import Progress
 from hookjac.quantity import Quantity, Received
+from hookjac.roads import Roads, by_products, choose, refuse_endless
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 
 _CHUNK = 1 << 24  # entries of one tensor of masked columns
@@ -84,9 +87,10 @@ class Walk:
         plan, part = self.plan, self.plan.top
         edges, bare = cut(plan) if self.wanted & {"ggn", "hessian"} else ([], [])
         if "hessian" in self.wanted:
-            (wish,) = {q.road for q in self.quantities if q.columns == "hessian"}
+            (wish,) = {(q.road, q.flop_limit) for q in self.quantities if q.columns == "hessian"}
             with torch.enable_grad():
-                self.roads = choose(plan, edges, bare, wish)
+                self.roads = choose(plan, edges, bare, wish[0])
+            refuse_endless(plan, self.roads, wish[1])
         if "ggn" in self.wanted and bare:
             raise HookjacError(
                 f"ggn_diag: the loss depends on parameter {bare[0]!r} by a way that passes no output of the model, so "
@@ -113,7 +117,8 @@ class Walk:
             elif edges:
                 self.ggn = self._unit("ggn", edges, H)
         if by_columns and self.ggn is not None and self.roads is not None:
-            self.bundle = Bundle(plan, self.roads, self.ggn, keep=bool(self.wanted & {"output", "ggn"}))
+            keep = bool(self.wanted & {"output", "ggn"})
+            self.bundle = Bundle(plan, self.roads.curves, self.roads.active, self.ggn, keep)
 
     def _unit(self, name: str, edges: list[Edge], metric: Tensor | None = None) -> Group:
         _, dtype, device = meta(edges[0])
@@ -167,23 +172,24 @@ class Walk:
             return
         groups = list(dict.fromkeys(g for columns in sources.values() for g in columns))
         leaves = {k for k in route.order if id(route.leaf(k)) in plan.glue}
-        for group in groups:
-            found: dict[int, list[Tensor]] = {}
-            largest = max(t.numel() for columns in sources.values() for g, t in columns.items() if g is group)
-            step = max(1, _CHUNK // max(1, largest))
-            for start in range(0, plan.N, step):
-                stop_at = min(plan.N, start + step)
-                part = Group(group.name, group.size * (stop_at - start))
-                got = self._masked_chunk(sources, group, part, start, stop_at, leaves)
-                for p in plan.glue:
-                    t = got.get(p)
-                    shape = plan.params[p].shape
-                    if t is None:
-                        t = torch.zeros(part.size, *shape, dtype=plan.params[p].dtype, device=plan.params[p].device)
-                    found.setdefault(p, []).append(t.reshape(stop_at - start, group.size, *shape))
-            for p, parts in found.items():
-                dense = parts[0] if len(parts) == 1 else torch.cat(parts)
-                self.receipts[p].take(group, Dense(dense.transpose(0, 1), fresh=len(parts) > 1))
+        with Progress("masked columns", plan.N * sum(group.size for group in groups)) as progress:
+            for group in groups:
+                found: dict[int, list[Tensor]] = {}
+                largest = max(t.numel() for columns in sources.values() for g, t in columns.items() if g is group)
+                step = max(1, _CHUNK // max(1, largest))
+                for start in range(0, plan.N, step):
+                    stop_at = min(plan.N, start + step)
+                    part = Group(group.name, group.size * (stop_at - start))
+                    with progress.part(part.size):
+                        got = self._masked_chunk(sources, group, part, start, stop_at, leaves)
+                    for p in plan.glue:
+                        t, like = got.get(p), plan.params[p]
+                        if t is None:
+                            t = torch.zeros(part.size, *like.shape, dtype=like.dtype, device=like.device)
+                        found.setdefault(p, []).append(rearrange(t, "(n v) ... -> n v ...", v=group.size))
+                for p, parts in found.items():
+                    dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+                    self.receipts[p].take(group, Dense(dense.transpose(0, 1), fresh=len(parts) > 1))
         for p in plan.glue:
             self.receipts[p].open = 0
             self._finish(p, products)
@@ -225,7 +231,7 @@ class Walk:
         out = rows.new_zeros(n, *rows.shape)
         index = torch.arange(n, device=U.device)
         out[index, :, start + index] = rows[:, start:stop].transpose(0, 1)
-        return layout.join(out.flatten(0, 1), edge.shape)
+        return layout.join(rearrange(out, "k v n ... -> (k v) n ..."), edge.shape)
 
     # At the parameter -------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from hookjac.curvature import Roads
 from hookjac.plan import Plan
+from hookjac.roads import Roads
 from hookjac.rule import lookup
 
 

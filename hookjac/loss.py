@@ -119,7 +119,8 @@ def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str]
         raise HookjacError(
             f"the loss reaches parameter {names[next(iter(found))]!r} past the model's outputs, through a "
             f"tensor of shape {tuple(suspects[0].shape)} in which an axis of {N} appears: these may be samples, and "
-            "hookjac cannot tell. Return that tensor from the model as well, batch first, and select the main one with extend(output=...)."
+            "hookjac cannot tell. Return that tensor from the model as well, batch first, and select the main one with "
+            "extend(output=...)."
         )
     return found
 

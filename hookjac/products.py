@@ -6,7 +6,7 @@ They run over the user's own graph, so they need it to be twice differentiable, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from hookjac.graph import Edge, gradients, meta
 from hookjac.samples import Layout, agree
 
 _CHUNK = 1 << 23  # entries of one batch of tangents
+
+Tick = Callable[[float], None]  # told which fraction of the products is done
 
 
 @contextlib.contextmanager
@@ -40,7 +42,7 @@ def units(size: int, step: int, like: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, t
 
 
-def diagonal(head: Tensor, edge: Edge, *, step: int | None = None) -> Tensor:
+def diagonal(head: Tensor, edge: Edge, *, step: int | None = None, tick: Tick = lambda done: None) -> Tensor:
     """The diagonal of d head / d edge, both of one shape.
 
     Two products first: if the matrix acts on a random vector as its row sums do, entry by entry, then it is
@@ -62,10 +64,11 @@ def diagonal(head: Tensor, edge: Edge, *, step: int | None = None) -> Tensor:
     for start, t in units(size, step or max(1, _CHUNK // size), like):
         rows = gradients([head], [edge], [t.reshape(-1, *shape)], batched=True)[0].reshape(t.shape[0], size)
         found.append(rows[:, start : start + t.shape[0]].diagonal().clone())
+        tick((start + t.shape[0]) / size)
     return torch.cat(found).reshape(shape)
 
 
-def block(head: Tensor, edge: Edge, layout: Layout, *, diagonal_only: bool) -> Tensor:
+def block(head: Tensor, edge: Edge, layout: Layout, *, diagonal_only: bool, tick: Tick = lambda done: None) -> Tensor:
     """d head / d edge of each sample, [N, D, D], or its diagonal [N, D]; D products for the whole batch.
 
     All samples share a product: they must not interact between this tensor and the loss.
@@ -85,4 +88,5 @@ def block(head: Tensor, edge: Edge, layout: Layout, *, diagonal_only: bool) -> T
             found.append(rows[:, :, start : start + k].diagonal(dim1=0, dim2=2))  # [N, k]
         else:
             found.append(rows.transpose(0, 1))
+        tick((start + k) / D)
     return torch.cat(found, 1)

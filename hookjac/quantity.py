@@ -6,6 +6,7 @@ V columns · N samples · C entries of one sample's output · p the parameter's 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,7 @@ class Quantity:
     columns: Wanted
     reduce: Callable[[Received], Tensor]
     road: Road = "auto"
+    flop_limit: float = math.inf
 
     @property
     def curved(self) -> bool:
@@ -104,18 +106,21 @@ def GGNDiag() -> Quantity:
     return Quantity(name="ggn_diag", columns="ggn", reduce=_quads)
 
 
-def HessDiag(*, road: Road = "auto") -> Quantity:
+def HessDiag(*, road: Road = "auto", flop_limit: float = 1e17) -> Quantity:
     """`p.hess_diag` [*p]: the diagonal of the Hessian of the loss that was backpropagated, exact to rounding.
 
     Not the row sums that `grad(grad(L), p, ones)` gives. road: how to find it; "auto" counts FLOPs and takes the
     cheapest of "columns" (closed forms where there are some), "features" and "entries" (Hessian-vector products,
     one for each output feature of a layer, or each entry of the parameter). A road that cannot serve a parameter
-    is replaced by the next that can. Units: loss / parameter². Cost: for piecewise-linear nets that of `ggn_diag`;
-    else see `explain()`.
+    is replaced by the next that can. flop_limit: the bill is known before anything walks, and one beyond this limit
+    is refused (1e17 keeps a CPU busy for months). Units: loss / parameter². Cost: for piecewise-linear nets that of
+    `ggn_diag`; else see `explain()`. Long work shows a progress bar where tqdm is installed.
     """
     if road not in ("auto", "columns", "features", "entries"):
         raise ValueError(f"road must be 'auto', 'columns', 'features' or 'entries', got {road!r}")
-    return Quantity(name="hess_diag", columns="hessian", reduce=_quads, road=road)
+    if not flop_limit > 0:
+        raise ValueError(f"flop_limit must be a positive number of FLOPs, got {flop_limit!r}")
+    return Quantity(name="hess_diag", columns="hessian", reduce=_quads, road=road, flop_limit=flop_limit)
 
 
 def _quads(got: Received) -> Tensor:

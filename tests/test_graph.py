@@ -37,7 +37,7 @@ def test_broadcast_gradients_are_summed(V: int) -> None:
 @pytest.mark.parametrize("V", [1, 3])
 def test_unused_outputs_are_zeros(V: int) -> None:
     a = leaf(4, 6)
-    first, second, third = a.split(2, 1)
+    _, second, _ = a.split(2, 1)
     G = torch.randn(V, 4, 2)
     (found,) = pull(second.grad_fn, {1: G})
     assert found is not None

@@ -44,9 +44,9 @@ def test_a_class_has_one_rule() -> None:
 
 
 def test_a_rule_checks_itself() -> None:
-    with pytest.raises(TypeError, match="must be subclasses of nn.Module"):
+    with pytest.raises(TypeError, match="must be subclasses of"):
         Rule(name="x", modules=(int,), pull=lambda c, G: G)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="must be subclasses of nn.Module"):
+    with pytest.raises(TypeError, match="must be subclasses of"):
         Rule(name="x", modules=(), pull=lambda c, G: G)
     with pytest.raises(ValueError, match="`params` and `factors` go together"):
         Rule(name="x", modules=(Double,), pull=lambda c, G: G, params=("weight",))

@@ -1,0 +1,279 @@
+"""Which road `hess_diag` takes to each parameter, and what that will cost.
+
+columns   unit columns of every curved station walk down with its second derivative (`curvature`).
+features  for a layer z = W x + b used once: H_ij,ij = sum_n x_j² [H_z]_ii, one Hessian-vector product for each
+          feature of z, by double backward.
+entries   one Hessian-vector product for each entry of the parameter. Always exact.
+
+The bill is known before anything walks. One that could never be paid is refused.
+
+N samples · D features of one sample at a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hookjac.curvature import Curve, curve_of, features, unit_columns, worth_rerooting
+from hookjac.errors import HookjacError
+from hookjac.graph import Edge, edge_of, gradients
+from hookjac.plan import Plan, reachable
+from hookjac.products import block, diagonal, second_backward
+from hookjac.progress import Progress
+from hookjac.quantity import Road
+from hookjac.route import Columns, Group, Key, walk
+
+_MEMORY = 1 << 30  # entries of columns alive at once; beyond, products are the only way
+_STATION = 1e5  # FLOPs that the overhead of one call is worth
+_PRODUCT = 4.0  # a double backward, in walks over the same stations
+
+
+@dataclass(eq=False)
+class Roads:
+    """How `hess_diag` will be found, and the bill."""
+
+    road: dict[int, Road] = field(default_factory=dict)  # id of a parameter -> columns, features or entries
+    why: dict[int, str] = field(default_factory=dict)
+    curves: dict[Key, Curve] = field(default_factory=dict)
+    active: set[Key] = field(default_factory=set)  # stations above parameters that go by columns
+    cost: dict[int, float] = field(default_factory=dict)  # FLOPs of each parameter that goes by products
+    columns: float = 0.0  # FLOPs of the columns, for all parameters together
+
+    @property
+    def flops(self) -> float:
+        return self.columns + sum(self.cost.values())
+
+    def going(self, road: Road) -> set[int]:
+        return {p for p, r in self.road.items() if r == road}
+
+    def by_products(self, params: Collection[int], road: Road, why: str) -> None:
+        for p in params:
+            self.road[p], self.why[p] = road, why
+
+
+def choose(plan: Plan, edges: list[Edge], bare: list[str], wish: Road) -> Roads:
+    """A road for every parameter: columns if they can be had and are cheaper than products, else products."""
+    roads = Roads()
+    if wish == "entries":
+        roads.by_products(plan.names, "entries", "as asked for")
+        candidates: set[int] = set()
+    else:
+        candidates = _candidates(plan, roads)
+    if bare:
+        _without_columns(plan, roads, candidates, "the loss uses parameters before the model's output")
+        candidates = set()
+    inside = reachable(plan.route, [plan.route.key(e) for e in edges])  # what lies above is the loss, not the network
+    candidates = _settle(plan, roads, candidates, inside)
+    price = _Prices(plan)
+    if candidates:
+        roads.columns = _columns_cost(plan, roads, edges, price)
+        products = sum(price.product(p, _product_road(plan, p)) for p in candidates)
+        if wish == "features" or (wish == "auto" and roads.columns > products):
+            _without_columns(plan, roads, candidates, f"{products:.1e} FLOPs; columns {roads.columns:.1e}")
+            roads.active, roads.curves, roads.columns = set(), {}, 0.0
+    roads.cost = {p: price.product(p, r) for p, r in roads.road.items() if r != "columns"}
+    return roads
+
+
+def _candidates(plan: Plan, roads: Roads) -> set[int]:
+    """Parameters that columns could serve."""
+    found: set[int] = set()
+    for p in plan.names:
+        uses = plan.uses.get(p, [])
+        if p in plan.glue or (not uses and p in plan.top.direct):
+            roads.by_products([p], "entries", "used outside a layer that a rule explains")
+        elif not uses:
+            roads.road[p], roads.why[p] = "columns", "not reached from the loss: zero"
+        elif _feeds_itself(plan, uses):
+            roads.by_products([p], "entries", "one use feeds another: the layer is bilinear in weight and input")
+        else:
+            found.add(p)
+            roads.road[p], roads.why[p] = "columns", "rule"
+    return found
+
+
+def _product_road(plan: Plan, p: int) -> Road:
+    return "features" if len(plan.uses.get(p, [])) == 1 else "entries"
+
+
+def _without_columns(plan: Plan, roads: Roads, params: Collection[int], why: str) -> None:
+    for p in params:
+        roads.by_products([p], _product_road(plan, p), why)
+
+
+def _feeds_itself(plan: Plan, uses: list[Key]) -> bool:
+    if len(uses) < 2:
+        return False
+    sources = [plan.route.after[key][0] for key in uses]
+    below = reachable(plan.route, [plan.route.key(source) for source in sources if source is not None])
+    return not below.isdisjoint(uses)
+
+
+def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) -> set[int]:
+    """Find the curved stations above the candidates. Those below one that cannot be parted go by products."""
+    route = plan.route
+    while candidates:
+        roads.active = {k for k in route.needed(candidates) if k in plan.below}
+        roads.curves, lost = {}, set()
+        group = Group("loss", 1)
+        seeds: dict[Edge, Columns] = {
+            e: {group: g.detach().unsqueeze(0)} for e, g in zip(plan.top.frontier, plan.top.gradients, strict=True)
+        }
+        for stop in walk(route, seeds, plan.needed):
+            if stop.key not in roads.active or stop.key not in inside:
+                continue
+            below = [e for e in route.after[stop.key] if e is not None and route.key(e) in roads.active]
+            below = list(dict.fromkeys(e for e in below if e.leaf is None))
+            if not below:
+                continue
+            call = route.calls.get(stop.key)
+            if call is not None:
+                if call.rule.bend is not None:
+                    roads.curves[stop.key] = Curve(below, True)
+            else:
+                grads = {e.nr: c[group][0] for e, c in stop.incoming.items()}
+                try:
+                    curve = curve_of(stop.key, grads, below)
+                except RuntimeError:
+                    curve = Curve(below, False)
+                    lost |= _params_below(plan, below) & candidates
+                if curve is not None:
+                    roads.curves[stop.key] = curve
+            if stop.key in roads.curves and any(e not in plan.layout for e in below):
+                lost |= _params_below(plan, below) & candidates
+        if not lost:
+            return candidates
+        _without_columns(plan, roads, lost, "below a curved step in which samples cannot be told apart")
+        candidates = candidates - lost
+    return candidates
+
+
+def _params_below(plan: Plan, edges: Collection[Edge]) -> set[int]:
+    keys = reachable(plan.route, [plan.route.key(e) for e in edges])
+    return {p for p, uses in plan.uses.items() if any(k in keys for k in uses)}
+
+
+# The bill ---------------------------------------------------------------------------------------------------
+
+
+class _Prices:
+    """FLOPs of one column through each station, roughly, and of all products for a parameter."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.station = {key: _work(plan, key) for key in plan.route.order}
+        self._above: dict[Key, float] = {}  # a product towards this station
+        total = 0.0
+        for key in plan.route.order:
+            self._above[key] = total
+            if key in plan.needed:
+                total += self.station[key] + _STATION / 16
+        self._whole = total
+
+    def product(self, p: int, road: Road) -> float:
+        plan = self._plan
+        if road == "features":
+            (key,) = plan.uses[p]
+            return features(plan.route.outs[key][0], plan.N) * _PRODUCT * self._above[key]
+        return plan.params[p].numel() * _PRODUCT * self._whole
+
+
+def _work(plan: Plan, key: Key) -> float:
+    size = float(sum(e.shape.numel() for e in plan.route.outs[key] if e.leaf is None))
+    call = plan.route.calls.get(key)
+    if call is not None:
+        matrix = [v for v in call.values.values() if v.dim() > 1]
+        return size * (2 * sum(m[0].numel() for m in matrix) + 2)
+    if "mm" in type(key).__name__.lower():
+        widths = [e.shape[-1] for e in plan.route.after[key] if e is not None and e.leaf is None and e.shape]
+        return size * 2 * max(widths, default=1)
+    return size * 4
+
+
+def _columns_cost(plan: Plan, roads: Roads, edges: list[Edge], price: _Prices) -> float:
+    """The walk of `Bundle`, in numbers."""
+    route, N = plan.route, plan.N
+    alive: dict[Edge, int] = {}
+    size = sum(features(e, N) for e in edges)
+    total, most = 0.0, float(N) * size * size
+    for edge in edges:
+        alive[edge] = 1
+    for key in route.order:
+        here = [e for e in route.outs[key] if e in alive]
+        if key not in roads.active or not here:
+            continue
+        for e in here:
+            del alive[e]
+        total += size * price.station[key] + _STATION
+        alive.update({e: 1 for e in route.after[key] if e is not None and route.key(e) in roads.active})
+        curve = roads.curves.get(key)
+        if curve is not None:
+            size += sum(features(e, N) for e in curve.edges)
+        D = sum(features(e, N) for e in alive)
+        if D and worth_rerooting(size, D, N):
+            total += 2.0 * N * min(size, D) * D * D
+            size = D
+        most = max(most, size * sum(float(e.shape.numel()) for e in alive))
+    return float("inf") if most > _MEMORY else total
+
+
+def refuse_endless(plan: Plan, roads: Roads, limit: float) -> None:
+    """Better said now than after a week."""
+    if roads.flops <= limit:
+        return
+    dearest = max(roads.cost, key=lambda p: roads.cost[p], default=None)
+    where = ""
+    if dearest is not None:
+        where = (
+            f" The dearest parameter is {plan.names[dearest]!r} {tuple(plan.params[dearest].shape)}, which goes by "
+            f"{roads.road[dearest]} ({roads.why[dearest]}) for {roads.cost[dearest]:.0e}."
+        )
+    raise HookjacError(
+        f"hess_diag would cost about {roads.flops:.0e} FLOPs, more than its limit of {limit:.0e}.{where} Ask for "
+        "ggn_diag, freeze what you do not need (requires_grad=False) or list parameters in backward(inputs=...), take "
+        "fewer samples; or raise the limit: hookjac.HessDiag(flop_limit=math.inf)."
+    )
+
+
+# Products ---------------------------------------------------------------------------------------------------
+
+
+def by_products(plan: Plan, roads: Roads) -> dict[int, Tensor]:
+    """The diagonals of all parameters that go by double backward."""
+    chosen = [p for p in plan.names if roads.road[p] != "columns"]
+    if not chosen:
+        return {}
+    edges: list[Edge] = []
+    for p in chosen:
+        edges.append(plan.route.outs[plan.uses[p][0]][0] if roads.road[p] == "features" else edge_of(plan.params[p]))
+    unique = list(dict.fromkeys(edges))
+    with second_backward([plan.names[p] for p in chosen]):
+        first = gradients([plan.top.loss], unique, [None], create_graph=True)
+    heads = dict(zip(unique, first, strict=True))
+    found: dict[int, Tensor] = {}
+    blocks: dict[Edge, Tensor] = {}
+    with Progress("hess_diag, FLOPs", sum(roads.cost.values())) as progress:
+        for p, edge in zip(chosen, edges, strict=True):
+            with second_backward([plan.names[p]]), progress.part(roads.cost[p]):
+                plan.route.demand_twice(plan.route.needed({p}))
+                found[p] = _by_product(plan, roads.road[p], p, edge, heads[edge], blocks, progress)
+    return found
+
+
+def _by_product(
+    plan: Plan, road: Road, p: int, edge: Edge, head: Tensor, blocks: dict[Edge, Tensor], progress: Progress
+) -> Tensor:
+    if road == "entries":
+        return diagonal(head, edge, tick=progress.fraction)
+    (key,) = plan.uses[p]
+    call, layout = plan.route.calls[key], plan.layout[edge]
+    assert call.rule.factors is not None
+    columns = unit_columns([edge], [layout], head.detach().reshape(-1)[0])[0]
+    name = next(k for k, q in call.params.items() if id(q) == p)
+    if edge not in blocks:
+        spread = layout.split(columns[:1]).dim() > 3  # several positions share the weight
+        blocks[edge] = block(head, edge, layout, diagonal_only=not spread, tick=progress.fraction)
+    return call.rule.factors(call, columns, layout)[name].quad(blocks[edge])
