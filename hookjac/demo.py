@@ -139,8 +139,8 @@ def agreement(model: nn.Module, data: Digits, batch: int, entries: int) -> dict[
 def table(model: nn.Module, measured: Measured, agree: dict[str, float]) -> Table:
     rows = measured.explanation.to_dict()
     N, title = measured.batch, f"{measured.batch} held-out digits, one backward, {measured.seconds * 1e3:.0f} ms"
-    shapes = f"grad_sample [{N}, *p]   jac [{N}, 10, *p]   hess_diag [*p]   error: against plain autograd loops"
-    out = Table(title=title, caption=shapes, box=SIMPLE_HEAD)
+    shapes = f"grad_sample [{N}, *p]   jac [{N}, 10, *p]   hess_diag [*p]   error: to loops"
+    out = Table(title=title, caption=shapes, box=SIMPLE_HEAD, pad_edge=False)
     for head in ("parameter", "p", "road", "hess_diag"):
         out.add_column(head, no_wrap=True)
     for head in ("from", "to", "error"):

@@ -1,0 +1,198 @@
+"""The house rules: imports run downward, linters are quiet, pins agree, and everything in the README runs."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import contextlib
+import inspect
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from setuptools import find_packages
+
+import hookjac
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hookjac"
+
+# each may import only from those before it; `layers.*` share a place, and so do the two faces at the end
+ORDER = [
+    "errors", "graph", "samples", "progress", "products", "factor", "rule", "layers", "tape", "route", "loss", "plan",
+    "quantity", "curvature", "roads", "engine", "explain", "extend", "", "demo", "__main__",
+]  # fmt: skip
+
+
+def run(*command: str, **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def is_module(name: str) -> bool:
+    place = ROOT / name.replace(".", "/")
+    return place.is_dir() or place.with_suffix(".py").exists()
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports, as names in ORDER; `from hookjac import x` counts as x if x is a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names = [inner if is_module(inner := f"{module}.{a.name}") else module for a in node.names]
+        else:
+            continue
+        found |= {[*n.split("."), ""][1] for n in names if n.split(".")[0] == "hookjac"}
+    return found
+
+
+def test_imports_run_downward() -> None:
+    files = {(p.parent.name if p.parent != PACKAGE else p.stem).replace("__init__", "") for p in PACKAGE.rglob("*.py")}
+    assert files == set(ORDER), "a module has no place in the order"
+    for path in PACKAGE.rglob("*.py"):
+        place = path.parent.name if path.parent != PACKAGE else path.stem.replace("__init__", "")
+        here = ORDER.index(place)
+        for name in imported(path):
+            above = ORDER.index(name)
+            assert above < here or name == place == "layers", f"{path.name} imports {name or 'hookjac'}"
+
+
+def test_the_library_needs_torch_and_einops_only() -> None:
+    late = {"demo.py", "__main__.py"}
+    allowed = {"torch", "einops", "hookjac", *sys.stdlib_module_names}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and path.name not in late:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                assert {n.split(".")[0] for n in names} <= allowed, f"{path.name} imports {names} at the top"
+
+
+@pytest.mark.parametrize("command", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)])
+def test_linters_are_quiet(command: tuple[str, ...]) -> None:
+    done = run(sys.executable, "-m", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    found = configparser.ConfigParser()
+    found.read(ROOT / "setup.cfg")
+    return found
+
+
+def test_lowest_torch_is_stated_once_and_is_what_runs_here() -> None:
+    (needed,) = re.findall(r"^torch>=(.*)$", setup_cfg()["options"]["install_requires"], re.M)
+    (pinned,) = re.findall(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pinned.startswith(needed), "the constraints install the lowest version, so that the tests run on it"
+    assert f"torch {needed}" in (ROOT / "README.md").read_text()
+    assert [int(k) for k in torch.__version__.split("+")[0].split(".")[:2]] >= [int(k) for k in needed.split(".")]
+
+
+def test_only_the_library_is_installed() -> None:
+    include = setup_cfg()["options.packages.find"]["include"].split()
+    assert sorted(find_packages(str(ROOT), include=include)) == ["hookjac", "hookjac.layers"]
+
+
+def test_public_names_are_documented_and_sorted() -> None:
+    assert list(hookjac.__all__) == sorted(hookjac.__all__)
+    for name in hookjac.__all__:
+        found = getattr(hookjac, name)
+        assert inspect.getdoc(found), f"hookjac.{name} has no docstring"
+        for key, member in vars(found).items() if inspect.isclass(found) else ():
+            if inspect.isfunction(member) and not member.__name__.startswith(("_", "<")):
+                assert member.__doc__, f"hookjac.{name}.{key} has no docstring"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_readme_snippets_run() -> None:
+    torch.set_default_dtype(torch.float32)
+    names: dict[str, object] = {}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for snippet in blocks("python"):
+            exec(snippet, names)
+    lines = said.getvalue().splitlines()
+    assert lines[0] == (
+        "0.weight torch.Size([16, 8]) torch.Size([32, 16, 8]) torch.Size([32, 3, 16, 8]) torch.Size([16, 8])"
+    )
+    assert float(lines[-1].strip("tensor()")) > 0.3, "the row sums should be far from the diagonal"
+
+
+def test_readme_commands() -> None:
+    demo, tests = blocks("sh")
+    assert demo.rstrip().endswith("python -m hookjac")
+    assert tests.rstrip().endswith("python -m pytest -q -n 2")
+    for command, extra in ((demo, "demo"), (tests, "test")):
+        assert command.startswith("python3 -m venv ")
+        assert f"-c constraints.txt -e '.[{extra}]'" in command
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in ci
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_quantities_of_the_readme_are_those_of_the_library() -> None:
+    from hookjac.quantity import names
+
+    table = re.findall(r"^\| `(\w+)` \| `(\w+)\(", (ROOT / "README.md").read_text(), re.M)
+    assert [name for name, _ in table] == names()
+    for name, record in table:
+        assert getattr(hookjac, record)().name == name
+
+
+# The main job -----------------------------------------------------------------------------------------------
+
+
+def test_demo_runs_and_draws(tmp_path: Path) -> None:
+    out = tmp_path / "digits.png"
+    done = run(sys.executable, "-m", "hookjac", "--epochs", "2", "--batch", "32", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    for name in ("0.weight", "2.bias", "4.weight", "rule (linear)", "by columns", "picture"):
+        assert name in done.stdout
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert out.stat().st_size > 50_000
+
+
+def test_demo_on_other_nets(tmp_path: Path) -> None:
+    out = tmp_path / "digits.svg"
+    options = ["--epochs", "1", "--hidden", "12", "--activation", "relu", "--batch", "8", "--seed", "3"]
+    done = run(sys.executable, "-m", "hookjac", *options, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in out.read_text()[:500]
+
+
+def test_demo_help_and_errors(tmp_path: Path) -> None:
+    from hookjac.__main__ import main
+
+    shown = run(sys.executable, "-m", "hookjac", "--help")
+    assert shown.returncode == 0
+    for option in ("--epochs", "--hidden", "--activation", "--batch", "--entries", "--seed", "--out"):
+        assert option in shown.stdout
+    for bad, said in (
+        (["--hidden", "32,x"], "expected positive widths separated by commas"),
+        (["--hidden", "0"], "expected positive widths separated by commas"),
+        (["--out", str(tmp_path / "nowhere" / "x.png")], "does not exist"),
+        (["--out", str(tmp_path / "x.txt")], "expected a .png"),
+        (["--activation", "cosine"], "'cosine' is not one of"),
+        (["--epochs", "0"], "0 is not in the range"),
+    ):
+        done = CliRunner().invoke(main, bad)
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
+
+
+def test_demo_without_its_extra() -> None:
+    done = run(
+        sys.executable, "-c", "import sys; sys.modules['rich'] = None; import runpy; runpy.run_module('hookjac')"
+    )
+    assert done.returncode == 1
+    assert "pip install 'hookjac[demo]'" in done.stderr
