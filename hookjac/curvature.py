@@ -20,10 +20,10 @@ from torch import Tensor
 from hookjac.errors import HookjacError
 from hookjac.factor import quad_block
 from hookjac.graph import Bend, Edge
-from hookjac.loss import hessian
+from hookjac.loss import hessian, leading_to
 from hookjac.plan import Plan, reachable
 from hookjac.route import Group, Key, Stop
-from hookjac.samples import Layout, agree
+from hookjac.samples import Layout, random, same
 
 _BLOCK = 1 << 27  # entries of one dense block [N, D, D]: a gigabyte in float64
 
@@ -39,9 +39,11 @@ class Curve:
 def cut(plan: Plan) -> tuple[list[Edge], list[str]]:
     """Where the loss ends and the network begins: the model's outputs that the loss uses.
 
-    On a path that goes around those, the first layer output. Second, parameters met before any of them.
+    An output made of the selected one (probabilities of logits) belongs to the loss. On a path that goes around all
+    outputs, it is the first layer output. Second, parameters met before any of them.
     """
     route, found, bare = plan.route, [], []
+    above = leading_to(route, plan.selected)
     seen: set[Edge] = set()
     stack = list(plan.top.frontier)
     while stack:
@@ -56,7 +58,13 @@ def cut(plan: Plan) -> tuple[list[Edge], list[str]]:
         leaf = route.leaf(key)
         if leaf is not None:
             bare += [plan.names[id(leaf)]] if id(leaf) in plan.names else []
-        elif layout is not None and layout.plain and mark and (mark.output or key in route.calls):
+        elif edge in plan.selected or (
+            layout is not None
+            and layout.plain
+            and mark is not None
+            and (mark.output or key in route.calls)
+            and key not in above
+        ):
             found.append(edge)
         else:
             stack += [after for after in route.after[key] if after is not None]
@@ -69,7 +77,7 @@ def loss_hessian(plan: Plan, edges: list[Edge]) -> Tensor:  # [N, C, C]
     network = reachable(route, stops)
     try:
         route.demand_twice(k for k in route.order if k in plan.needed and k not in network)
-        return hessian(plan.top.loss, edges, plan.N)
+        return hessian(plan.top.loss, [route.real(e) for e in edges], plan.N)
     except RuntimeError as error:
         raise HookjacError(
             f"the loss cannot be differentiated twice in the model's output ({error}); curvature needs that."
@@ -98,11 +106,11 @@ def bend_of(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -
     if call is not None:
         assert call.rule.bend is not None
         return [call.rule.bend(call, next(iter(grads.values())))], True
-    bend = Bend(key, grads, edges)
+    bend = Bend(key, grads, plan.route.raw(key, edges))
     found, is_diagonal = _try_diagonal(bend, grads, edges)
     if is_diagonal:
         return found, True
-    like = next(iter(grads.values())).reshape(-1)[0]
+    like = next(iter(grads.values())).new_zeros(())
     return bend.times(unit_columns(edges, [plan.layout[e] for e in edges], like)), False
 
 
@@ -111,20 +119,22 @@ def _try_diagonal(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tu
     like = next(iter(grads.values()))
     probes = []
     for k, edge in enumerate(edges):
-        r = torch.rand(edge.shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64) + 0.5
-        r = r.to(like.device, like.dtype)
+        r = random(edge.shape, k, like.device, like.dtype)
         probes.append(torch.stack([torch.ones_like(r), r]))
     found = bend.times(probes)
-    size = max((t.abs().max() for t in found if t.numel()), default=like.new_zeros(()))
-    alike = all(agree(t[1], t[0] * p[1], size) for t, p in zip(found, probes, strict=True))
+    top = max((t.abs().max() for t in found if t.numel()), default=like.new_zeros(()))
+    alike = all(same(t[1], t[0] * p[1], top) for t, p in zip(found, probes, strict=True))
     return [t[0] for t in found], alike
 
 
-def curve_of(key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> Curve | None:
-    bend = Bend(key, grads, edges)
+def curve_of(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> Curve | None:
+    """How a node bends. Raises where its second derivative is of no use: not there, infinite, or complex."""
+    bend = Bend(key, grads, plan.route.raw(key, edges))
     if bend.flat:
         return None
     found, is_diagonal = _try_diagonal(bend, grads, edges)
+    if not all(bool(torch.isfinite(t).all()) for t in found) or any(t.is_complex() for t in (*found, *grads.values())):
+        raise RuntimeError("not finite, or complex")
     if is_diagonal and all(bool((t == 0).all()) for t in found):
         return None
     return Curve(edges, is_diagonal)
@@ -194,7 +204,7 @@ class Bundle:
 
     def _add(self, stop: Stop, edges: list[Edge], metric: Tensor, name: str) -> None:
         group = Group(name, metric.shape[1], metric)
-        columns = unit_columns(edges, [self.plan.layout[e] for e in edges], metric.reshape(-1)[0])
+        columns = unit_columns(edges, [self.plan.layout[e] for e in edges], metric.new_zeros(()))
         for edge, t in zip(edges, columns, strict=True):
             stop.outgoing.setdefault(edge, {})[group] = t
         self.members.append(group)

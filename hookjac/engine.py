@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookjac.curvature import Bundle, cut, loss_hessian, unit_columns
 from hookjac.errors import HookjacError
-from hookjac.factor import Dense, Factor, add
+from hookjac.factor import Dense, Factor, total
 from hookjac.graph import Edge, edge_of, meta
 from hookjac.plan import Plan
 from hookjac.products import diagonal
@@ -25,6 +25,7 @@ from hookjac.progress import Progress
 from hookjac.quantity import Quantity, Received
 from hookjac.roads import Roads, by_products, choose, refuse_endless
 from hookjac.route import Columns, Group, Stop, accumulate, walk
+from hookjac.uses import received
 
 _CHUNK = 1 << 24  # entries of one tensor of masked columns
 
@@ -35,11 +36,11 @@ Results = dict[int, dict[str, Tensor]]  # id of a parameter -> quantity -> value
 class Receipt:
     """What one parameter has received so far."""
 
-    factors: dict[Group, Factor] = field(default_factory=dict)
+    factors: dict[Group, list[Factor]] = field(default_factory=dict)  # of each use
     open: int = 0  # uses that have not reported yet
 
     def take(self, group: Group, factor: Factor) -> None:
-        self.factors[group] = add(self.factors[group], factor) if group in self.factors else factor
+        self.factors.setdefault(group, []).append(factor)
 
 
 class Walk:
@@ -49,8 +50,8 @@ class Walk:
         self.plan, self.quantities = plan, quantities
         self.wanted = {q.columns for q in quantities}
         self.results: Results = {p: {} for p in plan.names}
-        self.receipts = {p: Receipt(open=len(plan.uses.get(p, [])) + (p in plan.glue)) for p in plan.names}
-        self.out_shape = torch.Size()
+        self.receipts = {p: Receipt(open=len(plan.uses.of.get(p, [])) + (p in plan.glue)) for p in plan.names}
+        self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
         self.seeds: dict[Edge, Columns] = {}
         self.loss = Group("loss", 1)
         self.output: Group | None = None
@@ -61,7 +62,8 @@ class Walk:
 
     def run(self) -> Results:
         with torch.no_grad():
-            self._seed()
+            if self.plan.N:
+                self._seed()
             with torch.enable_grad():
                 self._curvature_of_penalties()
                 products = by_products(self.plan, self.roads) if self.roads else {}
@@ -73,7 +75,9 @@ class Walk:
                 if not receipt.open:
                     self._finish(p, products)
             if self.seeds:
-                for stop in walk(self.plan.route, self.seeds, self.plan.through, self.plan.visit):
+                for stop in walk(
+                    self.plan.route, self.seeds, self.plan.through, self.plan.visit, self.plan.uses.parted
+                ):
                     self._arrive(stop, products, sources)
                 self._walk_masked(sources, products)
             for p, receipt in self.receipts.items():
@@ -91,23 +95,35 @@ class Walk:
             with torch.enable_grad():
                 self.roads = choose(plan, edges, bare, wish[0])
             refuse_endless(plan, self.roads, wish[1])
+        if "ggn" in self.wanted and plan.lost:
+            raise HookjacError(
+                "ggn_diag: no output of the model was met on the way down from the loss, so that it is unknown where "
+                "the loss ends and the network begins. Was the tensor that the model returned modified in place afterwards?"
+            )
         if "ggn" in self.wanted and bare:
             raise HookjacError(
                 f"ggn_diag: the loss depends on parameter {bare[0]!r} by a way that passes no output of the model, so "
                 "that it does not split into a loss of outputs and a network. hess_diag has no such limit."
             )
         by_columns = self.roads is not None and bool(self.roads.active)
+        if "loss" in self.wanted and part.entwined:
+            raise HookjacError(
+                f"parameter {plan.names[min(part.entwined)]!r} scales the loss above the samples (after they were "
+                "reduced or flattened), so that its gradient is no sum over samples that could be told apart. Use it "
+                "inside the model's forward, or before the reduction; hess_diag and jac have no such limit."
+            )
         if "loss" in self.wanted or by_columns:
             for edge, g in zip(part.frontier, part.gradients, strict=True):
                 self.seeds.setdefault(edge, {})[self.loss] = g.detach().unsqueeze(0)
         if "output" in self.wanted:
             if len(plan.selected) != 1:
                 raise HookjacError(
-                    f"jac: the model was called {len(plan.selected)} times on the way to this loss, expected once: the "
-                    "Jacobian of which call is meant? Use one backward for each call, or leave jac out."
+                    f"jac: {len(plan.selected)} selected outputs of the model were met on the way down from the loss, "
+                    "expected one. With several calls of the model, use one backward for each. With none, the loss "
+                    "does not use the output that extend(output=...) selects, or that tensor was modified in place "
+                    "after the model returned it. Or leave jac out."
                 )
             self.output = self._unit("output", plan.selected)
-            self.out_shape = plan.selected[0].shape[1:]
         if "ggn" in self.wanted or by_columns:
             with torch.enable_grad():
                 H = loss_hessian(plan, edges)
@@ -139,19 +155,17 @@ class Walk:
 
     def _arrive(self, stop: Stop, products: dict[int, Tensor], sources: dict[Edge, Columns]) -> None:
         plan = self.plan
-        call = plan.route.calls.get(stop.key)
-        if call is not None and call.rule.factors is not None:
+        used = plan.uses.at.get(stop.key)
+        if used:
             (edge,) = stop.incoming
             for group, G in stop.incoming[edge].items():
-                for attribute, factor in call.rule.factors(call, G, plan.layout[edge]).items():
-                    receipt = self.receipts.get(id(call.params[attribute]))
-                    if receipt is not None:
-                        receipt.take(group, factor)
-            for p in call.params.values():
-                if id(p) in self.receipts:
-                    self.receipts[id(p)].open -= 1
-                    if not self.receipts[id(p)].open:
-                        self._finish(id(p), products)
+                for p, factor in received(plan.route, plan.uses, stop.key, G, plan.layout[edge]).items():
+                    if p in self.receipts:
+                        self.receipts[p].take(group, factor)
+            for p, _ in used:
+                self.receipts[p].open -= 1
+                if not self.receipts[p].open:
+                    self._finish(p, products)
         if stop.key in plan.masked:
             for edge, columns in stop.incoming.items():
                 if edge in plan.layout:
@@ -217,8 +231,8 @@ class Walk:
             incoming = {e: buffers.pop(e) for e in route.outs[key] if e in buffers}
             if not incoming:
                 continue
-            into = leaves | {k for e in route.after[key] if e is not None and (k := route.key(e)) in plan.masked}
-            for edge, columns in route.step(key, incoming, into).items():
+            into = leaves | {k for e in plan.uses.data(route, key) if (k := route.key(e)) in plan.masked}
+            for edge, columns in route.step(key, incoming, into, plan.uses.parted.get(key, ())).items():
                 if route.key(edge) in leaves or edge not in plan.layout:
                     for g, t in columns.items():
                         accumulate(buffers.setdefault(edge, {}), g, t)
@@ -247,7 +261,9 @@ class Walk:
                 param=self.plan.params[p],
                 N=self.plan.N,
                 out_shape=self.out_shape,
-                pieces=[(receipt.factors[g], g.metric) for g in groups if g is not None and g in receipt.factors],
+                pieces=[
+                    (total(receipt.factors[g]), g.metric) for g in groups if g is not None and g in receipt.factors
+                ],
                 direct=self._direct(p),
                 bent=self.bent.get(p),
                 done=products.get(p) if q.columns == "hessian" else None,
@@ -259,11 +275,3 @@ class Walk:
     def _direct(self, p: int) -> Tensor | None:
         found = self.plan.top.direct.get(p)
         return None if found is None else found.detach()
-
-
-def empty(params: dict[str, torch.nn.Parameter], quantities: Sequence[Quantity], out_shape: torch.Size) -> Results:
-    """The results of a batch without samples: no rows, and sums over nothing."""
-    return {
-        id(p): {q.name: q.reduce(Received(param=p, N=0, out_shape=out_shape)).detach() for q in quantities}
-        for p in params.values()
-    }

@@ -52,12 +52,13 @@ def explain(model: nn.Module, plan: Plan, roads: Roads | None) -> Explanation:
     owners = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
     rows = []
     for p, name in plan.names.items():
-        calls = [plan.route.calls[key] for key in plan.uses.get(p, [])]
+        uses = plan.uses.of.get(p, [])
         owner = owners[p]
-        if calls and p in plan.glue:
-            road, why = "rule + masked columns", f"used by {calls[0].rule.name} and outside a layer"
-        elif calls:
-            road, why = "rule", f"{calls[0].rule.name}" + (f", {len(calls)} uses" if len(calls) > 1 else "")
+        if uses and p in plan.glue:
+            road, why = "rule + masked columns", f"used by {uses[0].rule} and elsewhere"
+        elif uses:
+            road, why = "rule", ", ".join(dict.fromkeys(use.rule for use in uses))
+            why += f", {len(uses)} uses" if len(uses) > 1 else ""
         elif p in plan.glue:
             road, why = "masked columns", _why_not(owner)
         elif p in plan.top.direct:

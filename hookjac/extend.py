@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
-from hookjac.engine import Results, Walk, empty
+from hookjac.engine import Results, Walk
 from hookjac.errors import HookjacError
 from hookjac.explain import Explanation, explain
 from hookjac.loss import scalar
@@ -74,9 +85,11 @@ class extend:
             stack.callback(tape.remove)
             tape.install()
             if any(q.curved for q in self.quantities):
-                # fused attention has no second derivative on CPU; the math kernel does
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_Watch(tape, self._backward))
+                stack.enter_context(_MATH_ATTENTION)
+            stack.enter_context(_QUIET_VMAP)
+            self._watch = _Watch(tape, self._backward)
+            stack.callback(self._watch.leave)
+            self._watch.enter()
             self._tape = tape
             self._stack = stack.pop_all()
         return self
@@ -84,7 +97,8 @@ class extend:
     def __exit__(self, *exc: object) -> None:
         stack, self._stack = self._stack, None
         self._held = []
-        assert stack is not None
+        if stack is None:
+            raise HookjacError("this extend block is not open")
         stack.close()
 
     def explain(self) -> Explanation:
@@ -103,12 +117,17 @@ class extend:
         """One backward of the user's: ours first, while the graph is alive; then theirs; results last."""
         params = _trainable(self.model)
         if inputs is not None:
-            chosen = {id(t) for t in inputs if isinstance(t, Tensor)}
+            chosen = {id(t.node.variable) if hasattr(getattr(t, "node", None), "variable") else id(t) for t in inputs}
             listed = {name: p for name, p in params.items() if id(p) in chosen}
             if not listed:
                 return call()  # a gradient towards something else, inputs say: not ours
             params = listed
-        results = self._results(list(tensors), list(weights), params)
+        for p in params.values():
+            for q in self.quantities:
+                vars(p).pop(q.name, None)  # nobody shall read the last step's after an error
+        # a graph made outside inference mode is differentiable inside it, but only once
+        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model):
+            results = self._results(list(tensors), list(weights), params)
         answer = call()
         for p in params.values():
             for name, value in results[id(p)].items():
@@ -117,6 +136,10 @@ class extend:
 
     def _results(self, tensors: list[Tensor], weights: list[Tensor | None], params: dict[str, nn.Parameter]) -> Results:
         for t in tensors:
+            if not isinstance(t, Tensor):
+                raise HookjacError(
+                    f"backward was started from a {type(t).__name__}, expected a tensor: pass the loss itself."
+                )
             if not t.requires_grad:
                 why = "the forward ran under torch.no_grad() or inference_mode()"
                 if self._tape.calls == 0:
@@ -124,8 +147,6 @@ class extend:
                 elif not self._tape.calls_without_grad:
                     why = "something between the model and the loss detached it"
                 raise HookjacError(f"the loss does not require grad: {why}.")
-        if self._tape.samples == 0:
-            return empty(params, self.quantities, self._tape.out_shape)
         loss = scalar(tensors, weights)
         plan = make_plan(self._tape, loss, params, self._known, {id(p) for p in self.model.parameters()})
         walk = Walk(plan, self.quantities)
@@ -144,50 +165,118 @@ class _Watch(TorchFunctionMode):
     def __init__(self, tape: Tape, backward: Callable[..., Any]) -> None:
         super().__init__()
         self._backward = backward
-        tape.around = (self._aside, self._again)
+        self._busy = False
+        self._retained: list[weakref.ref[Tensor]] = []
+        tape.around = (self._aside, self.enter)
 
-    def _aside(self) -> bool:
-        if _get_current_function_mode() is not self:
-            return False  # somebody's mode lies above ours; popping would pop theirs
-        super().__exit__(None, None, None)
-        return True
+    def enter(self) -> None:
+        """On top of the modes, unless among them already. A forward that was interrupted leaves us out."""
+        if self not in _get_current_function_mode_stack():
+            _push_mode(self)
 
-    def _again(self) -> None:
-        super().__enter__()
+    def leave(self) -> None:
+        """Off, wherever among the modes we are: blocks may be left in any order."""
+        above = []
+        while self in _get_current_function_mode_stack():
+            while (mode := _pop_mode()) is not self:
+                above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
+
+    def _aside(self) -> None:
+        if _get_current_function_mode() is self:  # else somebody's mode lies above ours; popping would pop theirs
+            _pop_mode()
+
+    @contextlib.contextmanager
+    def quiet(self, model: nn.Module) -> Iterator[None]:
+        """Our own backwards are nobody's business: hooks on parameters and `retain_grad` do not notice them."""
+        before = [(t, t.grad) for ref in self._retained if (t := ref()) is not None]
+        silenced = [(h, dict(h)) for p in model.parameters() if (h := p._backward_hooks)]
+        self._busy = True
+        try:
+            for found, _ in silenced:
+                found.clear()
+            yield
+        finally:
+            for found, kept in silenced:
+                found.update(kept)
+            for t, grad in before:
+                t.grad = grad
+            self._busy = False
+
+    def _unless_busy(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        return lambda grad: None if self._busy else hook(grad)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        watched = _WATCHED.get(func)
-        if watched is None:
+        if func is torch.Tensor.retain_grad:
+            self._retained.append(weakref.ref(args[0]))
+        elif func is torch.Tensor.register_hook and not args[0].is_leaf:
+            (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
+            return func(tensor, self._unless_busy(hook))
+        if func not in _STARTS:
             return func(*args, **kwargs)
-        tensors, weights, inputs = watched(*args, **kwargs)
-        return self._backward(lambda: func(*args, **kwargs), tensors, weights, inputs)
+        start = inspect.signature(func).bind(*args, **kwargs)
+        heads, cotangents = (name for name in _STARTS[func])
+        given = start.arguments
+        if not isinstance(given.get("inputs"), (Tensor, GradientEdge, dict, NoneType)):
+            given["inputs"] = tuple(given["inputs"])  # it may be a generator: we look, and torch looks
+        if given.get("is_grads_batched"):
+            raise HookjacError(
+                "autograd.grad(is_grads_batched=True) inside an extend block is many backwards at once, and hookjac "
+                "needs one. Call it outside the block, or ask for jac."
+            )
+        tensors = _listed(given[heads])
+        weights = [None] * len(tensors) if given.get(cotangents) is None else _listed(given[cotangents])
+        inputs = None if given.get("inputs") is None else _listed(given["inputs"])
+        return self._backward(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
 
 
 def _listed(found: Any) -> list[Any]:
-    return [found] if isinstance(found, Tensor) or not isinstance(found, (list, tuple)) else list(found)
+    if isinstance(found, dict):
+        return list(found.values())
+    return list(found) if isinstance(found, (list, tuple)) and not isinstance(found, GradientEdge) else [found]
 
 
-def _method(tensor: Tensor, gradient: Any = None, *a: Any, inputs: Any = None, **k: Any) -> Any:
-    inputs = a[2] if len(a) > 2 else inputs
-    return [tensor], [gradient], None if inputs is None else _listed(inputs)
-
-
-def _function(tensors: Any, grad_tensors: Any = None, *a: Any, inputs: Any = None, **k: Any) -> Any:
-    heads = _listed(tensors)
-    inputs = a[3] if len(a) > 3 else inputs
-    weights = [None] * len(heads) if grad_tensors is None else _listed(grad_tensors)
-    return heads, weights, None if inputs is None else _listed(inputs)
-
-
-def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *a: Any, **k: Any) -> Any:
-    heads = _listed(outputs)
-    weights = [None] * len(heads) if grad_outputs is None else _listed(grad_outputs)
-    return heads, weights, _listed(inputs)
-
-
-_WATCHED: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.backward: _method,
-    torch.autograd.backward: _function,
-    torch.autograd.grad: _grad,
+# what starts a backward: the names of its arguments for what it starts from, and with which cotangents
+_STARTS: dict[Any, tuple[str, str]] = {
+    torch.Tensor.backward: ("self", "gradient"),
+    torch.autograd.backward: ("tensors", "grad_tensors"),
+    torch.autograd.grad: ("outputs", "grad_outputs"),
 }
+
+
+class _Switch:
+    """A switch of the whole process: the first block that needs it turns it, the last one turns it back."""
+
+    def __init__(self, turned: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self._turned, self._users = turned, 0
+        self._lock, self._undo = threading.Lock(), contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._undo.enter_context(self._turned())
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._undo.close()
+
+
+@contextlib.contextmanager
+def _no_fallback_warnings() -> Iterator[None]:
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)
+
+
+# fused attention has no second derivative on CPU; the math kernel does
+_MATH_ATTENTION = _Switch(lambda: sdpa_kernel(SDPBackend.MATH))
+# vmap tells of kernels that it must loop over; that is our own affair, and `explain()` tells of roads
+_QUIET_VMAP = _Switch(_no_fallback_warnings)

@@ -10,7 +10,6 @@ V columns · shapes `[V, *out]` are V cotangents of a tensor of shape `out`.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ class Edge(NamedTuple):
     @property
     def leaf(self) -> Tensor | None:
         """The leaf tensor whose `.grad` this edge feeds, if it is one."""
-        return getattr(self.node, "variable", None)
+        return self.node.variable if type(self.node).__name__ == "AccumulateGrad" else None
 
 
 def meta(edge: Edge) -> tuple[torch.Size, torch.dtype, torch.device]:
@@ -101,7 +100,10 @@ def _apply(node: Node, grads: Sequence[Tensor]) -> list[Tensor | None]:
     """One call of a node: an entry for each of `next_functions`."""
     if callable(node):
         out = node(*grads)
-        return list(out) if isinstance(out, tuple) else [out]
+        # an embedding may answer with a sparse gradient
+        return [
+            t.to_dense() if t is not None and t.is_sparse else t for t in (out if isinstance(out, tuple) else [out])
+        ]
     # A Python Function: `backward` answers for every argument of `forward`, the graph only for tensors.
     out = node.apply(*grads)
     answers = list(out) if isinstance(out, tuple) else [out]
@@ -111,10 +113,15 @@ def _apply(node: Node, grads: Sequence[Tensor]) -> list[Tensor | None]:
 
 _ONCE = once_differentiable(lambda ctx, *grads: None).__code__
 
+# their batching rules give wrong numbers when only the cotangent is batched (seen on torch 2.13)
+_NOT_BATCHED = {"CdistBackward0", "AsStridedScatterBackward0", "RollBackward0"}
+
 
 def differentiable_once(node: Node) -> bool:
-    """A Python Function whose backward is marked so. Autograd says nothing when it is differentiated once more
-    towards other tensors: the second derivative is silently zero."""
+    """A Python Function whose backward is marked so, or a compiled graph. Autograd says nothing when it is
+    differentiated once more towards other tensors: the second derivative is silently zero."""
+    if "CompiledFunction" in type(node).__name__:
+        return True
     made_by = getattr(type(node), "_forward_cls", None)
     return made_by is not None and getattr(made_by.backward, "__code__", None) is _ONCE
 
@@ -150,6 +157,7 @@ def pull(node: Node, grads: dict[int, Tensor]) -> list[Tensor | None]:
 
 def _batched(node: Node, columns: list[Tensor]) -> list[Tensor | None]:
     slots: list[int] = []
+    kept = columns if callable(node) else [c.clone() for c in columns]  # a Function may write on what it gets
     width = len(node.next_functions)
 
     def call(*grads: Tensor) -> tuple[Tensor, ...]:
@@ -157,20 +165,23 @@ def _batched(node: Node, columns: list[Tensor]) -> list[Tensor | None]:
         slots[:] = [k for k, t in enumerate(out) if t is not None]
         return tuple(out[k] for k in slots)  # type: ignore[misc]
 
+    def looped() -> list[Tensor | None]:
+        rows = [_apply(node, [c[v].clone() for c in kept]) for v in range(kept[0].shape[0])]
+        return [None if r[0] is None else torch.stack([t for t in r if t is not None]) for r in zip(*rows, strict=True)]
+
+    if type(node).__name__ in _NOT_BATCHED:
+        return looped()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "performance drop": slow is allowed here, and explain() says so
-            # "same": a node that recomputes its forward must draw the mask that was drawn, once for all columns
-            out = torch.vmap(call, randomness="same")(*columns)
+        # "same": a node that recomputes its forward must draw the mask that was drawn, once for all columns
+        out = torch.vmap(call, randomness="same")(*columns)
         found: list[Tensor | None] = [None] * width
         for k, t in zip(slots, out, strict=True):
             found[k] = t
         return found
-    except RuntimeError:
+    except Exception:
         # Some backwards (custom Functions, kernels without a batching rule) refuse vmap: a loop is as exact.
         # An error of the node itself comes again from here, in its own words.
-        rows = [_apply(node, [c[v] for c in columns]) for v in range(columns[0].shape[0])]
-        return [None if r[0] is None else torch.stack([t for t in r if t is not None]) for r in zip(*rows, strict=True)]
+        return looped()
 
 
 @contextlib.contextmanager
@@ -180,19 +191,27 @@ def fenced(edges: Sequence[Edge]) -> Iterator[None]:
     Without it, d(a * b)/da for b = f(a) would count the path through b too, as `torch.autograd.grad` does.
     It works because the engine captures a gradient before the node's own pre-hooks see it.
     """
-    seen: dict[Node, Any] = {}
+    closed: dict[Node, set[int]] = {}
+    for edge in edges:
+        if edge.leaf is None:
+            closed.setdefault(edge.node, set()).add(edge.nr)
+    handles: list[Any] = []
     try:
-        for edge in edges:
-            if edge.node not in seen and edge.leaf is None:
-                seen[edge.node] = edge.node.register_prehook(_zeros)
+        for node, numbers in closed.items():
+            handles.append(node.register_prehook(_stop(numbers)))
         yield
     finally:
-        for handle in seen.values():
+        for handle in handles:
             handle.remove()
 
 
-def _zeros(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if g is None else torch.zeros_like(g) for g in grads)
+def _stop(numbers: set[int]) -> Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]:
+    """A hook that lets nothing past these outputs of a node; its other outputs are no business of the fence."""
+
+    def zero(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(torch.zeros_like(g) if g is not None and nr in numbers else g for nr, g in enumerate(grads))
+
+    return zero
 
 
 def gradients(
@@ -229,10 +248,8 @@ def gradients(
         found = once(cotangents, False)
     else:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = once(cotangents, True)
-        except RuntimeError:
+            found = once(cotangents, True)
+        except Exception:  # an error of its own comes again from here
             rows = [once([None if c is None else c[v] for c in cotangents], False) for v in range(V)]
             found = [
                 None if r[0] is None else torch.stack([t for t in r if t is not None]) for r in zip(*rows, strict=True)

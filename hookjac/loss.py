@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, fenced, gradients, meta
+from hookjac.kinks import crossing
 from hookjac.products import units
 from hookjac.route import Key, Route
-from hookjac.samples import Layout, agree, scaled, scales
+from hookjac.samples import Layout, agree, random, scaled, scales
 
 
 def scalar(tensors: list[Tensor], weights: list[Tensor | None]) -> Tensor:
@@ -32,9 +33,15 @@ def scalar(tensors: list[Tensor], weights: list[Tensor | None]) -> Tensor:
                 "loss to one number, or pass gradient=."
             )
         return tensors[0]
+    for t, w in zip(tensors, weights, strict=True):
+        if w is not None and w.shape != t.shape:
+            raise HookjacError(f"backward got a gradient of shape {tuple(w.shape)} for a tensor of {tuple(t.shape)}.")
     with torch.enable_grad():
         parts = [(t if w is None else t * w.detach()).sum() for t, w in zip(tensors, weights, strict=True)]
         return torch.stack(parts).sum()
+
+
+_CHUNK = 1 << 23  # entries of one batch of tangents
 
 
 @dataclass
@@ -46,11 +53,18 @@ class Top:
     frontier: list[Edge]
     gradients: list[Tensor]  # dL/d frontier, differentiable
     direct: dict[int, Tensor]  # id of a parameter -> its gradient through no sample, differentiable
+    entwined: set[int] = field(default_factory=set)  # of those, the ones that scale what the samples add up to
 
 
-def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Mapping[int, str]) -> Top:
-    """Find the frontier, and refuse a loss that is no sum over its rows. `sampled`: edges known to hold samples."""
-    leading = _leading_to(route, sampled)
+def top(
+    loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Mapping[int, str], *, low: bool = False
+) -> Top:
+    """Find the frontier, and refuse a loss that is no sum over its rows. `sampled`: edges known to hold samples.
+
+    low: only those may make up the frontier. Else the topmost tensors do whose first axis has the right size, which
+    is cheaper, and may be chance.
+    """
+    leading = leading_to(route, sampled) | {route.key(edge) for edge in sampled}
     frontier: list[Edge] = []
     free: list[Edge] = []
     seen: set[Edge] = set()
@@ -64,7 +78,7 @@ def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Ma
         key = route.key(edge)
         if key not in leading:
             free.append(edge)
-        elif edge.shape[:1] == (N,):
+        elif edge.shape[:1] == (N,) and (edge in sampled or not low):
             frontier.append(edge)
         elif edge in sampled:
             raise HookjacError(
@@ -77,6 +91,7 @@ def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Ma
             above.add(key)
             stack += [after for after in route.after[key] if after is not None]
     direct = _parameters_below(route, free, names, N)
+    frontier = [route.real(edge) for edge in frontier]
     edges = frontier + [edge_of(p) for p in direct.values()]
     with fenced(frontier):
         found = gradients([loss], edges, [None], create_graph=True)
@@ -86,12 +101,11 @@ def top(loss: Tensor, route: Route, sampled: Collection[Edge], N: int, names: Ma
     return result
 
 
-def _leading_to(route: Route, edges: Collection[Edge]) -> set[Key]:
+def leading_to(route: Route, edges: Collection[Edge]) -> set[Key]:
+    """Stations above one of these edges."""
     found: set[Key] = set()
     for key in reversed(route.order):
-        if any(edge in edges for edge in route.outs[key]) or any(
-            edge is not None and route.key(edge) in found for edge in route.after[key]
-        ):
+        if any(edge is not None and (edge in edges or route.key(edge) in found) for edge in route.after[key]):
             found.add(key)
     return found
 
@@ -99,7 +113,7 @@ def _leading_to(route: Route, edges: Collection[Edge]) -> set[Key]:
 def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str], N: int) -> dict[int, Tensor]:
     """Tracked parameters that these edges lead to, by ways that hold no sample."""
     found: dict[int, Tensor] = {}
-    suspects: list[Edge] = []
+    suspects: list[Tensor] = []
     seen: set[Key] = set()
     stack = [route.key(edge) for edge in starts]
     while stack:
@@ -113,32 +127,36 @@ def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str]
             here += list(route.calls[key].params.values())
         found.update((id(p), p) for p in here if id(p) in names)
         if N > 1 and leaf is None:
-            suspects += [edge for edge in route.outs[key] if _brings_samples(route, key, edge, N)]
+            suspect = _may_be_samples(route, key, N)
+            suspects += [] if suspect is None else [suspect]
         stack += [route.key(edge) for edge in route.after[key] if edge is not None]
     if found and suspects:
         raise HookjacError(
-            f"the loss reaches parameter {names[next(iter(found))]!r} past the model's outputs, through a "
-            f"tensor of shape {tuple(suspects[0].shape)} in which an axis of {N} appears: these may be samples, and "
-            "hookjac cannot tell. Return that tensor from the model as well, batch first, and select the main one with "
-            "extend(output=...)."
+            f"the loss reaches parameter {names[next(iter(found))]!r} past the model's outputs, where it meets a "
+            f"constant of shape {tuple(suspects[0].shape)}: these may be the {N} samples, and hookjac cannot tell. "
+            "Return what is made there from the model as well, batch first, and select the main output with "
+            "extend(output=...). If it is a penalty, call its backward outside the block."
         )
     return found
 
 
-_GATHERS = ("Embedding", "Index", "Gather", "Expand", "Repeat")
+def _may_be_samples(route: Route, key: Key, N: int) -> Tensor | None:
+    """A constant that enters here and could hold one row for each sample, or is what the model was called with.
+
+    A constant in the shape of what it meets (a mask on a weight, the Fisher information of an earlier task) is not.
+    """
+    if type(key).__name__.startswith(_OWN_INDICES):
+        return None
+    given = [t for ref in route.tape.given if (t := ref()) is not None]
+    met = {tuple(e.shape) for e in route.after[key] if e is not None}
+    for t in route.constants(key):
+        counts = any(d >= N and d % N == 0 for d in t.shape) and tuple(t.shape) not in met
+        if counts or any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in given):
+            return t
+    return None
 
 
-def _brings_samples(route: Route, key: Key, edge: Edge, N: int) -> bool:
-    """Does data enter here? An axis of N comes up that no input with a gradient had; a penalty only loses axes."""
-    if N not in edge.shape:
-        return False
-    if key in route.calls:
-        return True
-    name = type(key).__name__
-    constant = any(after is None for after in route.after[key])
-    if not (constant or name.startswith(_GATHERS)):
-        return False
-    return (constant and "mm" in name.lower()) or all(N not in e.shape for e in route.after[key] if e is not None)
+_OWN_INDICES = ("Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Nanmedian", "Mode", "Cummax", "Cummin")
 
 
 def _check(part: Top, above: Iterable[Key], route: Route, names: Mapping[int, str]) -> None:
@@ -146,16 +164,14 @@ def _check(part: Top, above: Iterable[Key], route: Route, names: Mapping[int, st
     try:
         route.demand_twice(above)
         if part.N > 1 and heads:
-            _check_rows(part)
+            _check_rows(part, route.rounding)
+        if part.N > 1 and (kink := crossing(route, above, part.frontier, part.N, route.rounding)):
+            raise _mixing(f"{kink} above the model's outputs bends or chooses across samples")
         for key, g in part.direct.items():
             if g.requires_grad and part.frontier:
                 mixed = gradients([g], part.frontier, [_random(g)])
                 if any(bool((m != 0).any()) for m in mixed):
-                    raise HookjacError(
-                        f"parameter {names[key]!r} multiplies the loss after it was reduced over the samples, so its "
-                        "gradient is no sum over samples that could be told apart. Use it inside the model's forward, "
-                        "or before the reduction."
-                    )
+                    part.entwined.add(key)
     except HookjacError:
         raise
     except RuntimeError as error:
@@ -166,22 +182,29 @@ def _check(part: Top, above: Iterable[Key], route: Route, names: Mapping[int, st
         )
 
 
-def _random(like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(11)
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+def _random(like: Tensor, seed: int = 11) -> Tensor:
+    return random(like.shape, seed, like.device, like.dtype)
 
 
-def _check_rows(part: Top) -> None:
+def _check_rows(part: Top, rounding: float) -> None:
     """H (s u) = s (H u) row by row: the loss is a sum over the rows of the frontier."""
     factors = scales(part.N, part.loss.device, part.loss.dtype)
     layout = Layout(part.N)
-    u = [_random(g) for g in part.gradients]
-    both = [torch.stack([t, scaled(t, factors.to(t.dtype), layout)]) for t in u]
     index = [k for k, g in enumerate(part.gradients) if g.requires_grad]
+    first, second = ([_random(g, seed + 31 * k) for k, g in enumerate(part.gradients)] for seed in (1, 2))
+    columns = []
+    for k, (u, v) in enumerate(zip(first, second, strict=True)):
+        s = factors.to(u.dtype)
+        columns.append(torch.stack([t for w in (u, v, u + v) for t in (w, scaled(w, s, layout))]) if k in index else u)
     with fenced(part.frontier):
-        found = gradients([part.gradients[k] for k in index], part.frontier, [both[k] for k in index], batched=True)
-    for edge, (plain, times) in zip(part.frontier, found, strict=True):
-        if not agree(times, scaled(plain, factors.to(plain.dtype), layout)):
+        found = gradients([part.gradients[k] for k in index], part.frontier, [columns[k] for k in index], batched=True)
+    for edge, rows in zip(part.frontier, found, strict=True):
+        s = factors.to(rows.dtype)
+        left = [rows[k + 1] - scaled(rows[k], s, layout) for k in (0, 2, 4)]
+        if agree(rows[1], scaled(rows[0], s, layout), rounding):
+            continue
+        # it may be the rounding of something that is zero (a saturated softmax): then it does not add up
+        if bool((left[0] + left[1] - left[2]).abs().max() < 0.1 * left[2].abs().max()):
             raise _mixing(f"a sample's loss depends on other samples at a tensor of shape {tuple(edge.shape)}")
 
 
@@ -201,10 +224,10 @@ def hessian(loss: Tensor, edges: list[Edge], N: int) -> Tensor:
     with fenced(edges):
         heads = gradients([loss], edges, [None], create_graph=True)
         index = [k for k, h in enumerate(heads) if h.requires_grad]
-        if not index or N == 0:
+        if not index:
             return torch.zeros(N, C, C, dtype=loss.dtype, device=loss.device)
         found = []
-        for _, t in units(C, C, loss.detach().reshape(-1)[0]):
+        for _, t in units(C, max(1, _CHUNK // max(1, N * C)), loss.detach().new_zeros(())):
             parts = t.split(sizes, 1)
             tangents = [p.reshape(-1, 1, *s[1:]).expand(-1, *s) for p, s in zip(parts, shapes, strict=True)]
             rows = gradients([heads[k] for k in index], edges, [tangents[k] for k in index], batched=True)

@@ -6,6 +6,7 @@ autograd's own nodes. Roads of second order are chosen in `curvature`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, meta
 from hookjac.loss import Top, top
-from hookjac.route import Columns, Group, Key, Route, walk
-from hookjac.samples import Layout, agree, find, scaled, scales
+from hookjac.route import Columns, Group, Key, Route, Stop, walk
+from hookjac.samples import Layout, agree, find, random, scaled, scales
 from hookjac.tape import Tape, mixing_batchnorm
+from hookjac.uses import Uses, find_uses
 
 
 @dataclass(eq=False)
@@ -30,43 +32,31 @@ class Plan:
     names: Mapping[int, str]  # id of a tracked parameter -> qualified name
     params: Mapping[int, nn.Parameter]
     selected: list[Edge]  # the outputs that `jac` differentiates: one for each call of the model
+    lost: bool  # the model was called, but nothing that it returned was met
     layout: dict[Edge, Layout]  # of every tensor whose samples are known not to mix
     needed: set[Key]
-    masked: set[Key] = field(default_factory=set)  # stations that must see each sample by itself
-    through: set[Key] = field(default_factory=set)  # stations that pass on columns of all samples together
-    visit: set[Key] = field(default_factory=set)
-    uses: dict[int, list[Key]] = field(default_factory=dict)  # id -> stations where a rule explains it
-    glue: set[int] = field(default_factory=set)  # parameters reached through autograd's nodes
+    masked: set[Key] = field(init=False, default_factory=set)  # stations that must see each sample by itself
+    through: set[Key] = field(init=False, default_factory=set)  # stations that pass on columns of all samples together
+    visit: set[Key] = field(init=False, default_factory=set)
+    uses: Uses = field(init=False, default_factory=Uses)  # where a rule explains a parameter
+    glue: set[int] = field(init=False, default_factory=set)  # parameters reached through autograd's nodes
 
-    below: set[Key] = field(default_factory=set)  # stations below the place where samples part
+    below: set[Key] = field(init=False, default_factory=set)  # stations below the place where samples part
 
     def __post_init__(self) -> None:
         self.below = reachable(self.route, [self.route.key(e) for e in [*self.top.frontier, *self.selected]])
-        self._find_uses()
+        self.uses = find_uses(self.route, self.names, self.below, self.layout)
         self._find_masked()
-
-    def _find_uses(self) -> None:
-        for key in self.route.order:
-            call = self.route.calls.get(key)
-            if call is not None:
-                for p in call.params.values():
-                    if id(p) in self.names:
-                        self.uses.setdefault(id(p), []).append(key)
-            leaf = self.route.leaf(key)
-            if leaf is not None and id(leaf) in self.names and key in self.below:
-                self.glue.add(id(leaf))
+        self._find_glue()
 
     def _find_masked(self) -> None:
         """Bottom up: a station whose child needs samples apart, and cannot part them itself, must part them."""
         for key in reversed(self.route.order):
             if key not in self.needed or key not in self.below:
                 continue
-            call = self.route.calls.get(key)
-            if call is not None and any(id(p) in self.names for p in call.params.values()):
+            if key in self.uses.at:
                 self.visit.add(key)
-            for edge in self.route.after[key]:
-                if edge is None:
-                    continue
+            for edge in self.uses.data(self.route, key):
                 child = self.route.key(edge)
                 leaf = self.route.leaf(child)
                 if id(leaf) in self.names or (child in self.masked and edge not in self.layout):
@@ -75,6 +65,20 @@ class Plan:
                     self.through.add(key)
             if key in self.masked and any(edge in self.layout for edge in self.route.outs[key]):
                 self.visit.add(key)
+
+    def _find_glue(self) -> None:
+        """Parameters that masked columns arrive at."""
+        stack = list(self.masked & self.visit)
+        seen = set(stack)
+        while stack:
+            for edge in self.uses.data(self.route, stack.pop()):
+                key = self.route.key(edge)
+                leaf = self.route.leaf(key)
+                if leaf is not None and id(leaf) in self.names:
+                    self.glue.add(id(leaf))
+                elif key in self.masked and edge not in self.layout and key not in seen:
+                    seen.add(key)
+                    stack.append(key)
 
 
 def reachable(route: Route, starts: Iterable[Key]) -> set[Key]:
@@ -105,12 +109,26 @@ def make_plan(
         needed = route.needed(names.keys())
         layout, unfit = _probe(route, outputs, N, needed, names, {})
         if not unfit:
-            part = top(loss, route, layout.keys(), N, names)
-            layout, unfit = _probe(route, part.frontier, N, needed, names, layout)
+            part, layout, unfit = _join(loss, route, N, needed, names, layout)
         if not unfit:
             by_id = {id(p): p for p in params.values()}
-            return Plan(route, part, N, names, by_id, selected, layout, needed)
+            lost = tape.calls > 0 and not any(m and m.output for e in outputs for m in [route.mark(e)])
+            return Plan(route, part, N, names, by_id, selected, lost, layout, needed)
         rejected |= unfit  # these layers go by autograd's nodes; look again
+
+
+def _join(
+    loss: Tensor, route: Route, N: int, needed: set[Key], names: Mapping[int, str], layout: dict[Edge, Layout]
+) -> tuple[Top, dict[Edge, Layout], set[Edge]]:
+    """The loss's part of the graph, and the layouts between it and the outputs."""
+    sampled = {edge for edge in layout if route.key(edge) in route.with_data}
+    try:
+        part = top(loss, route, sampled, N, names)
+        return part, *_probe(route, part.frontier, N, needed, names, layout)
+    except HookjacError:
+        # a first axis may have the right size by chance (N tokens kept by a mask, N classes): the outputs decide
+        part = top(loss, route, sampled, N, names, low=True)
+        return part, *_probe(route, part.frontier, N, needed, names, layout)
 
 
 def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:
@@ -137,7 +155,9 @@ def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:
     for key in route.order:
         for e in route.outs[key]:
             mark = route.mark(e)
-            if key not in below and mark and (mark.output or key in route.calls) and e.shape[:1] == (N,):
+            if key in below or key not in route.with_data or e.shape[:1] != (N,):
+                continue
+            if mark and (mark.output or key in route.calls):
                 starts.append(e)
                 below |= reachable(route, [key])
     return selected, starts, N
@@ -211,39 +231,80 @@ def _probe(
     layout = dict(known)
     unfit: set[Edge] = set()
     if N == 0:
-        return dict.fromkeys((e for key in route.order for e in route.outs[key]), Layout(0)), unfit
+        return {e: Layout(0) for key in route.order for e in route.outs[key] if e.shape[:1] == (0,)}, unfit
     group = Group("probe", 2)
     seeds: dict[Edge, Columns] = {}
     for edge in starts:
         shape, dtype, device = meta(edge)
-        u = torch.randn(shape, generator=torch.Generator().manual_seed(len(seeds)), dtype=torch.float64)
-        u = u.to(device, dtype)
+        u = random(shape, len(seeds), device, dtype)
         seeds[edge] = {group: torch.stack([u, scaled(u, scales(N, device, dtype), Layout(N))])}
     starting = {route.key(edge) for edge in starts}
+    consumers = _consumers(route, needed | starting)
     for stop in walk(route, seeds, needed | starting):
-        if type(stop.key).__name__.endswith("BatchNormBackward0") and getattr(stop.key, "_saved_training", False):
-            raise mixing_batchnorm("a functional batch norm")
+        _calm(stop)
         for edge, columns in stop.incoming.items():
             if edge.leaf is not None:
                 continue
             u, su = columns[group]
             factors = scales(N, u.device, u.dtype)
             if edge in known:
-                if not agree(su, scaled(u, factors, known[edge])):
+                if not agree(su, scaled(u, factors, known[edge]), route.rounding):
                     raise _entangled(route, edge)
                 stop.outgoing = {}
                 continue
             if edge in starts:
-                if not agree(su, scaled(u, factors, Layout(N))):
+                if not agree(su, scaled(u, factors, Layout(N)), route.rounding):
                     raise _entangled(route, edge)
                 layout[edge] = Layout(N)
-            elif found := find(u, su, factors):
+            elif found := find(u, su, factors, route.rounding) or _inherited(route, u, consumers.get(edge, ()), layout):
                 layout[edge] = found
+            elif norm := next((k for k in consumers.get(edge, ()) if _batch_statistics(k)), None):
+                raise mixing_batchnorm(f"a functional batch norm ({type(norm).__name__})")
             call = route.calls.get(stop.key)
             serves = call is not None and any(id(p) in names for p in call.params.values())
+            if serves and call and edge in layout and (why := call.rule.refuses(call, layout[edge])):
+                raise HookjacError(
+                    f"the first axis of the model's output does not count samples: at layer {call.name!r} (input "
+                    f"{tuple(call.x.shape)}) {why}. The output must have the batch first; add it with unsqueeze(0) for "
+                    "a single sample."
+                )
             if serves and call and not (edge in layout and call.rule.fits(call, layout[edge])):
                 unfit.add(edge)
     return layout, unfit
+
+
+def _consumers(route: Route, keys: Collection[Key]) -> dict[Edge, list[Key]]:
+    found: dict[Edge, list[Key]] = {}
+    for key in route.order:
+        if key in keys:
+            for edge in route.after[key]:
+                if edge is not None:
+                    found.setdefault(edge, []).append(key)
+    return found
+
+
+def _calm(stop: Stop) -> None:
+    """Keep the probe's size: in a deep net it would vanish or overflow. Both columns shrink alike."""
+    for columns in stop.outgoing.values():
+        for group, t in columns.items():
+            top = t.abs().max() if t.numel() else t.new_zeros(())
+            if 0 < top < 1e-3 or 1e3 < top < math.inf:
+                columns[group] = t / top
+
+
+def _inherited(route: Route, u: Tensor, consumers: Collection[Key], layout: Mapping[Edge, Layout]) -> Layout | None:
+    """The layout of a tensor at which the probe vanished (a saturated activation, a layer that begins at zero).
+
+    Rules leave the samples where they are; a tensor that only they use has the layout of what they make of it.
+    """
+    if bool((u != 0).any()) or not all(key in route.calls for key in consumers):
+        return None
+    found = {layout.get(key) for key in consumers}
+    return found.pop() if len(found) == 1 else None
+
+
+def _batch_statistics(key: Key) -> bool:
+    return type(key).__name__.endswith("BatchNormBackward0") and bool(getattr(key, "_saved_training", False))
 
 
 def _entangled(route: Route, edge: Edge) -> HookjacError:

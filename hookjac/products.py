@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, gradients, meta
-from hookjac.samples import Layout, agree
+from hookjac.samples import Layout, random, same
 
 _CHUNK = 1 << 23  # entries of one batch of tangents
 
@@ -55,10 +55,9 @@ def diagonal(head: Tensor, edge: Edge, *, step: int | None = None, tick: Tick = 
     if not head.requires_grad or size == 0:
         return like.expand(shape).clone()
     if size > 2:
-        random = torch.rand(size, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.5
-        probe = torch.stack([torch.ones_like(random), random]).to(like).reshape(2, *shape)
+        probe = torch.stack([torch.ones(shape, device=device, dtype=dtype), random(shape, 7, device, dtype)])
         sums, probed = gradients([head], [edge], [probe], batched=True)[0]
-        if agree(probed, sums * probe[1]):
+        if same(probed, sums * probe[1], sums.abs().max()):
             return sums.detach()
     found = []
     for start, t in units(size, step or max(1, _CHUNK // size), like):

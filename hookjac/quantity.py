@@ -55,6 +55,10 @@ class Quantity:
     road: Road = "auto"
     flop_limit: float = math.inf
 
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or hasattr(Tensor, self.name):
+            raise ValueError(f"a quantity's name becomes an attribute of parameters; {self.name!r} cannot")
+
     @property
     def curved(self) -> bool:
         """Does it need second derivatives?"""
@@ -130,7 +134,8 @@ def _quads(got: Received) -> Tensor:
     for factor, metric in got.pieces:
         assert metric is not None
         out = out + factor.quad(metric)
-    return out if got.bent is None else out + got.bent
+    out = out if got.bent is None else out + got.bent
+    return out.to(got.param.dtype)
 
 
 def _own(factor: Factor) -> Tensor:
@@ -162,10 +167,15 @@ def parse(asked: Sequence[str | Quantity]) -> list[Quantity]:
                 raise ValueError(f"unknown quantity {item!r}{hint} Known: {', '.join(_QUANTITIES)}.")
             item = _QUANTITIES[item]()
         if not isinstance(item, Quantity):
+            hint = f"; call it: {item.__name__}()" if item in _QUANTITIES.values() else ""
             raise TypeError(
-                f"a quantity is a name or a record such as hookjac.HessDiag(), got {type(item).__name__}: {item!r}"
+                "a quantity is a name or a record such as hookjac.HessDiag(), "
+                f"got {type(item).__name__}: {item!r}{hint}"
             )
         if item.name in found:
             raise ValueError(f"quantity {item.name!r} was asked for twice")
         found[item.name] = item
+    ways = {(q.road, q.flop_limit) for q in found.values() if q.columns == "hessian"}
+    if len(ways) > 1:
+        raise ValueError("quantities of the Hessian share one walk: give them the same road and flop_limit")
     return list(found.values())

@@ -25,6 +25,7 @@ from hookjac.products import block, diagonal, second_backward
 from hookjac.progress import Progress
 from hookjac.quantity import Road
 from hookjac.route import Columns, Group, Key, walk
+from hookjac.uses import Use, received, straight
 
 _MEMORY = 1 << 30  # entries of columns alive at once; beyond, products are the only way
 _STATION = 1e5  # FLOPs that the overhead of one call is worth
@@ -82,11 +83,13 @@ def _candidates(plan: Plan, roads: Roads) -> set[int]:
     """Parameters that columns could serve."""
     found: set[int] = set()
     for p in plan.names:
-        uses = plan.uses.get(p, [])
-        if p in plan.glue or (not uses and p in plan.top.direct):
-            roads.by_products([p], "entries", "used outside a layer that a rule explains")
+        uses = plan.uses.of.get(p, [])
+        if p in plan.glue or p in plan.top.entwined or (not uses and p in plan.top.direct):
+            roads.by_products([p], "entries", "used where no rule explains it: one product for each entry")
         elif not uses:
             roads.road[p], roads.why[p] = "columns", "not reached from the loss: zero"
+        elif not all(straight(use) for use in uses):
+            roads.by_products([p], "entries", "made into a weight by something that is not linear")
         elif _feeds_itself(plan, uses):
             roads.by_products([p], "entries", "one use feeds another: the layer is bilinear in weight and input")
         else:
@@ -96,7 +99,7 @@ def _candidates(plan: Plan, roads: Roads) -> set[int]:
 
 
 def _product_road(plan: Plan, p: int) -> Road:
-    return "features" if len(plan.uses.get(p, [])) == 1 else "entries"
+    return "features" if len(plan.uses.of.get(p, [])) == 1 else "entries"
 
 
 def _without_columns(plan: Plan, roads: Roads, params: Collection[int], why: str) -> None:
@@ -104,12 +107,11 @@ def _without_columns(plan: Plan, roads: Roads, params: Collection[int], why: str
         roads.by_products([p], _product_road(plan, p), why)
 
 
-def _feeds_itself(plan: Plan, uses: list[Key]) -> bool:
+def _feeds_itself(plan: Plan, uses: list[Use]) -> bool:
     if len(uses) < 2:
         return False
-    sources = [plan.route.after[key][0] for key in uses]
-    below = reachable(plan.route, [plan.route.key(source) for source in sources if source is not None])
-    return not below.isdisjoint(uses)
+    sources = {plan.route.key(e) for use in uses for e in plan.uses.data(plan.route, use.key)}
+    return not reachable(plan.route, sources).isdisjoint(use.key for use in uses)
 
 
 def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) -> set[int]:
@@ -125,7 +127,7 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
         for stop in walk(route, seeds, plan.needed):
             if stop.key not in roads.active or stop.key not in inside:
                 continue
-            below = [e for e in route.after[stop.key] if e is not None and route.key(e) in roads.active]
+            below = [e for e in plan.uses.data(route, stop.key) if route.key(e) in roads.active]
             below = list(dict.fromkeys(e for e in below if e.leaf is None))
             if not below:
                 continue
@@ -136,7 +138,7 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
             else:
                 grads = {e.nr: c[group][0] for e, c in stop.incoming.items()}
                 try:
-                    curve = curve_of(stop.key, grads, below)
+                    curve = curve_of(plan, stop.key, grads, below)
                 except RuntimeError:
                     curve = Curve(below, False)
                     lost |= _params_below(plan, below) & candidates
@@ -153,7 +155,7 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
 
 def _params_below(plan: Plan, edges: Collection[Edge]) -> set[int]:
     keys = reachable(plan.route, [plan.route.key(e) for e in edges])
-    return {p for p, uses in plan.uses.items() if any(k in keys for k in uses)}
+    return {p for p, uses in plan.uses.of.items() if any(use.key in keys for use in uses)}
 
 
 # The bill ---------------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ class _Prices:
     def product(self, p: int, road: Road) -> float:
         plan = self._plan
         if road == "features":
-            (key,) = plan.uses[p]
+            key = plan.uses.of[p][0].key
             return features(plan.route.outs[key][0], plan.N) * _PRODUCT * self._above[key]
         return plan.params[p].numel() * _PRODUCT * self._whole
 
@@ -186,7 +188,7 @@ def _work(plan: Plan, key: Key) -> float:
     call = plan.route.calls.get(key)
     if call is not None:
         matrix = [v for v in call.values.values() if v.dim() > 1]
-        return size * (2 * sum(m[0].numel() for m in matrix) + 2)
+        return size * (2 * sum(m.shape[1:].numel() for m in matrix) + 2)
     if "mm" in type(key).__name__.lower():
         widths = [e.shape[-1] for e in plan.route.after[key] if e is not None and e.leaf is None and e.shape]
         return size * 2 * max(widths, default=1)
@@ -208,7 +210,7 @@ def _columns_cost(plan: Plan, roads: Roads, edges: list[Edge], price: _Prices) -
         for e in here:
             del alive[e]
         total += size * price.station[key] + _STATION
-        alive.update({e: 1 for e in route.after[key] if e is not None and route.key(e) in roads.active})
+        alive.update({e: 1 for e in plan.uses.data(route, key) if route.key(e) in roads.active})
         curve = roads.curves.get(key)
         if curve is not None:
             size += sum(features(e, N) for e in curve.edges)
@@ -248,7 +250,8 @@ def by_products(plan: Plan, roads: Roads) -> dict[int, Tensor]:
         return {}
     edges: list[Edge] = []
     for p in chosen:
-        edges.append(plan.route.outs[plan.uses[p][0]][0] if roads.road[p] == "features" else edge_of(plan.params[p]))
+        by_features = roads.road[p] == "features"
+        edges.append(plan.route.outs[plan.uses.of[p][0].key][0] if by_features else edge_of(plan.params[p]))
     unique = list(dict.fromkeys(edges))
     with second_backward([plan.names[p] for p in chosen]):
         first = gradients([plan.top.loss], unique, [None], create_graph=True)
@@ -258,9 +261,17 @@ def by_products(plan: Plan, roads: Roads) -> dict[int, Tensor]:
     with Progress("hess_diag, FLOPs", sum(roads.cost.values())) as progress:
         for p, edge in zip(chosen, edges, strict=True):
             with second_backward([plan.names[p]]), progress.part(roads.cost[p]):
-                plan.route.demand_twice(plan.route.needed({p}))
+                _demand_twice(plan, p)
                 found[p] = _by_product(plan, roads.road[p], p, edge, heads[edge], blocks, progress)
     return found
+
+
+def _demand_twice(plan: Plan, p: int) -> None:
+    """A second backward of the user's graph towards this parameter must be right, not silently zero."""
+    on_the_way = plan.route.needed({p})
+    plan.route.demand_twice(on_the_way)
+    if not plan.route.reopened.isdisjoint(on_the_way):
+        raise RuntimeError("a reentrant checkpoint has none")
 
 
 def _by_product(
@@ -268,12 +279,10 @@ def _by_product(
 ) -> Tensor:
     if road == "entries":
         return diagonal(head, edge, tick=progress.fraction)
-    (key,) = plan.uses[p]
-    call, layout = plan.route.calls[key], plan.layout[edge]
-    assert call.rule.factors is not None
-    columns = unit_columns([edge], [layout], head.detach().reshape(-1)[0])[0]
-    name = next(k for k, q in call.params.items() if id(q) == p)
+    layout = plan.layout[edge]
+    columns = unit_columns([edge], [layout], head.new_zeros(()))[0]
     if edge not in blocks:
         spread = layout.split(columns[:1]).dim() > 3  # several positions share the weight
         blocks[edge] = block(head, edge, layout, diagonal_only=not spread, tick=progress.fraction)
-    return call.rule.factors(call, columns, layout)[name].quad(blocks[edge])
+    key = plan.uses.of[p][0].key
+    return received(plan.route, plan.uses, key, columns, layout, only=p)[p].quad(blocks[edge])

@@ -8,7 +8,8 @@ V columns; `[V, *t]` are V cotangents of a tensor of shape t.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import detach_variable, set_device_states
 
 from hookjac.graph import Edge, Node, children, differentiable_once, edge_of, meta, ordered, pull
 from hookjac.rule import Call
+from hookjac.samples import tolerance
 from hookjac.tape import Mark, Tape
 
 Key = Any  # Edge of a layer's output, or an autograd node
@@ -42,6 +44,7 @@ class Route:
         self.tape = tape
         self.rejected = set(rejected)
         self._alias: dict[Edge, Edge] = {}
+        self._outer: dict[Edge, Edge] = {}  # an output within a checkpoint -> the checkpoint's
         self._held: list[Any] = []
         self.calls: dict[Key, Call] = {}
         self.outs: dict[Key, list[Edge]] = {}
@@ -52,8 +55,62 @@ class Route:
             lambda key: [self.key(edge) for edge in self._explore(key) if edge is not None],
         )
 
+    def constants(self, key: Key) -> list[Tensor]:
+        """Tensors without a gradient that enter at a station: data, masks, indices."""
+        call = self.calls.get(key)
+        if call is not None:
+            return [call.x] if call.source is None else []
+        found: list[Tensor] = []
+        for name in dir(key):
+            if name.startswith("_saved_"):
+                try:
+                    saved = getattr(key, name)
+                except RuntimeError:  # freed, or modified in place since: the user's backward will say so
+                    continue
+                found += [t for t in (saved if isinstance(saved, (list, tuple)) else [saved]) if isinstance(t, Tensor)]
+        found += getattr(key, "saved_tensors", ())
+        return [t for t in found if t.dim() and not t.requires_grad]
+
+    @functools.cached_property
+    def with_data(self) -> set[Key]:
+        """Stations that data may enter at or below. What the others make is made of parameters alone."""
+        found: set[Key] = set()
+        for key in reversed(self.order):
+            leaf = self.leaf(key)
+            own = not isinstance(leaf, torch.nn.Parameter)
+            if leaf is None:
+                own = None in self.after[key] or bool(self.constants(key))
+            if own or any(edge is not None and self.key(edge) in found for edge in self.after[key]):
+                found.add(key)
+        return found
+
+    @functools.cached_property
+    def rounding(self) -> float:
+        """How far two roundings of one number may be apart after a walk through the coarsest tensor on the way."""
+        found = [meta(e)[1] for outs in self.outs.values() for e in outs]
+        return max((tolerance(d) for d in set(found) if d.is_floating_point), default=0.0)
+
     def mark(self, edge: Edge) -> Mark | None:
         return self.tape.mark(edge)
+
+    def raw(self, key: Node, edges: Iterable[Edge]) -> list[Edge]:
+        """The edges below a node as autograd has them, for those that the walk goes by."""
+        own = dict(zip(self.after[key], children(key), strict=True))
+        return [found for e in edges if (found := own[e]) is not None]
+
+    def real(self, edge: Edge) -> Edge:
+        """The edge of the user's graph that an output of an opened checkpoint stands for."""
+        return self._outer.get(edge, edge)
+
+    @functools.cached_property
+    def reopened(self) -> set[Key]:
+        """Stations in or below a checkpoint that was opened: a second backward of the user's graph gives zero there."""
+        found: set[Key] = set()
+        for key in self.order:
+            if key in found or any(e in self._outer for e in self.outs[key]):
+                found.add(key)
+                found.update(self.key(e) for e in self.after[key] if e is not None)
+        return found
 
     def key(self, edge: Edge) -> Key:
         """The station that a resolved edge arrives at."""
@@ -77,7 +134,7 @@ class Route:
         return self.after[key]
 
     def leaf(self, key: Key) -> Tensor | None:
-        return getattr(key, "variable", None)
+        return None if isinstance(key, Edge) else Edge(key, 0).leaf
 
     def resolve(self, edge: Edge) -> Edge:
         """An edge as the walk sees it: reentrant checkpoints are opened and replaced by what they recompute."""
@@ -107,6 +164,8 @@ class Route:
         for nr, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 self._alias[Edge(node, nr)] = edge_of(tensor)
+                self._outer[edge_of(tensor)] = Edge(node, nr)
+                self.tape.carry(Edge(node, nr), tensor)
         # the function's tensor arguments, in order, are the node's children, in order
         given = [t for t in fresh if isinstance(t, Tensor)]
         after = children(node)
@@ -131,9 +190,14 @@ class Route:
             if differentiable_once(key):
                 raise RuntimeError(f"{type(key).__name__} is marked once_differentiable")
 
-    def step(self, key: Key, incoming: dict[Edge, Columns], into: Collection[Key]) -> dict[Edge, Columns]:
-        """Columns through one station, to those of its children whose stations are in `into`."""
-        after = [edge if edge is not None and self.key(edge) in into else None for edge in self.after[key]]
+    def step(
+        self, key: Key, incoming: dict[Edge, Columns], into: Collection[Key], closed: Collection[int] = ()
+    ) -> dict[Edge, Columns]:
+        """Columns through one station, to its children whose stations are in `into`, but not by `closed` inputs."""
+        after = [
+            edge if edge is not None and k not in closed and self.key(edge) in into else None
+            for k, edge in enumerate(self.after[key])
+        ]
         outgoing: dict[Edge, Columns] = {}
         if not any(after):
             return outgoing
@@ -193,10 +257,12 @@ def walk(
     seeds: dict[Edge, Columns],
     through: Collection[Key],
     visit: Collection[Key] = (),
+    closed: Mapping[Key, Collection[int]] | None = None,
 ) -> Iterator[Stop]:
     """Columns from `seeds` downwards, each station once, after all its consumers.
 
-    Columns go on through the stations in `through`; those only in `visit` are shown but not passed.
+    Columns go on through the stations in `through`; those only in `visit` are shown but not passed. `closed`: inputs
+    of stations that they do not leave by.
     """
     buffers: dict[Edge, Columns] = {edge: dict(columns) for edge, columns in seeds.items()}
     both = set(through) | set(visit)
@@ -209,7 +275,7 @@ def walk(
                 continue
             stop = Stop(key, incoming, waiting=buffers)
             if key in through:
-                stop.outgoing = route.step(key, incoming, both)
+                stop.outgoing = route.step(key, incoming, both, closed.get(key, ()) if closed else ())
             yield stop
             for edge, columns in stop.outgoing.items():
                 for group, t in columns.items():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hookjac.factor import Factor
-from hookjac.graph import Edge, gradients, meta
+from hookjac.graph import Edge, Node, gradients, meta
 from hookjac.samples import Layout
 
 
@@ -32,6 +32,7 @@ class Call:
     source: Edge | None  # where the input's gradient goes; None if it needs none
     params: dict[str, nn.Parameter]
     values: dict[str, Tensor]  # the parameters' data as the forward saw it
+    options: Any = None  # the module's attributes as they were then: a slope may be annealed between calls
     versions: tuple[int, ...] = ()
     edge: Edge | None = None  # of the output; set when the walk finds it, so that no reference cycle arises
 
@@ -65,7 +66,8 @@ class Rule:
     pull: the transposed Jacobian in the input, `(call, [V, *out]) -> [V, *in]`.
     params: names of the parameters it explains; a module with any other parameter is not claimed.
     factors: `(call, [V, *out], layout) -> {parameter name: Factor}`.
-    fits: may say no to a layout (samples along the feature axis, say).
+    fits: may say no to a layout; the layer then goes by autograd's nodes.
+    refuses: why a layout cannot be meant (samples along the feature axis, say); None if it can.
     bend: `(call, g) -> [*in]`: diagonal of the layer's second derivative under the loss gradient g [*out].
         None means linear in the input.
     constant: the Jacobian is the same for all samples, and `pull` takes any number of them.
@@ -78,6 +80,7 @@ class Rule:
     params: tuple[str, ...] = ()
     factors: Callable[[Call, Tensor, Layout], dict[str, Factor]] | None = None
     fits: Callable[[Call, Layout], bool] = field(default=lambda call, layout: True)
+    refuses: Callable[[Call, Layout], str | None] = field(default=lambda call, layout: None)
     bend: Callable[[Call, Tensor], Tensor] | None = None
     constant: bool = False
     claims: Callable[[nn.Module], bool] = _always
@@ -101,14 +104,19 @@ def elementwise(
     d2: Callable[[Call], Tensor] | None,
     claims: Callable[[nn.Module], bool] = _always,
 ) -> Rule:
-    """y = f(x) entry by entry: first derivative d1 [*in], second d2 [*in]; d2 None where it is zero."""
+    """y = f(x) entry by entry: first derivative d1 [*in], second d2 [*in]; d2 None where it is zero.
+
+    A d1 that is True or False says which entries pass: they are chosen, not multiplied, so that an infinite
+    cotangent at a closed entry is no NaN.
+    """
 
     def inplace_or_other(module: nn.Module) -> bool:
         # in place the input is gone; autograd's node then works from the output
         return not getattr(module, "inplace", False) and claims(module)
 
     def pull(call: Call, G: Tensor) -> Tensor:
-        return G * d1(call)
+        slope = d1(call)
+        return G.masked_fill(~slope, 0) if slope.dtype == torch.bool else G * slope
 
     def bend(call: Call, g: Tensor) -> Tensor:
         assert d2 is not None
@@ -127,6 +135,49 @@ def register(rule: Rule) -> Rule:
             raise ValueError(f"{module.__name__} has the rule {_RULES[module].name!r} already")
     _RULES.update(dict.fromkeys(rule.modules, rule))
     return rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRule:
+    """What operands of one kind of autograd node receive from each sample: a layer recognised by its node.
+
+    Functional code, weights made from other weights and layers without a rule of their own meet here. The
+    columns' way on is the node's own formula; this says only what goes to an operand that all samples share.
+
+    name: what `explain()` calls it.
+    nodes: the type names of the nodes, such as "ConvolutionBackward0".
+    slots: the numbers of the inputs (as in `next_functions`) it speaks for; the node must be linear in each.
+    fits: `(node, slot, layout) -> bool`, with the layout of the node's first output.
+    part: `(node, slot, G [V, *out], layout) -> Factor` of the operand.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    slots: tuple[int, ...]
+    fits: Callable[[Node, int, Layout], bool]
+    part: Callable[[Node, int, Tensor, Layout], Factor]
+
+    def __post_init__(self) -> None:
+        if not self.nodes or not all(isinstance(n, str) and n.isidentifier() for n in self.nodes):
+            raise TypeError(f"rule {self.name!r}: `nodes` must be type names of autograd nodes, got {self.nodes!r}")
+        if not self.slots:
+            raise ValueError(f"rule {self.name!r}: `slots` must name an input of the node")
+
+
+_NODES: dict[str, NodeRule] = {}
+
+
+def register_node(rule: NodeRule) -> NodeRule:
+    """Add a rule for a kind of autograd node. A kind can have one rule only."""
+    for name in rule.nodes:
+        if name in _NODES:
+            raise ValueError(f"{name} has the rule {_NODES[name].name!r} already")
+    _NODES.update(dict.fromkeys(rule.nodes, rule))
+    return rule
+
+
+def node_rule(node: Node) -> NodeRule | None:
+    return _NODES.get(type(node).__name__)
 
 
 def rules() -> Iterator[tuple[type[nn.Module], Rule]]:
@@ -151,6 +202,9 @@ def lookup(module: nn.Module) -> Rule | None:
         return None
     same = _forward_of(type(module)) is _forward_of(base) and "forward" not in vars(module)
     own = module._parameters
-    plain = all(p is None or (isinstance(p, Tensor) and p.is_leaf) for p in own.values())
+    plain = all(
+        p is None or (type(p) in (nn.Parameter, Tensor) and p.is_leaf and getattr(module, key, None) is p)
+        for key, p in own.items()
+    )
     known = set(own) == set(rule.params)
     return rule if same and plain and known and rule.claims(module) else None

@@ -11,6 +11,7 @@ V columns · N samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,14 @@ class Layout:
 
 def scales(N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """One factor for each sample, all different, in a random but repeatable order; never the global generator."""
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(20_113))
+    order = torch.randperm(N, generator=torch.Generator("cpu").manual_seed(20_113), device="cpu")
     return (1 + order.to(torch.float64) / max(N, 1)).to(device=device, dtype=dtype)
+
+
+def random(shape: Iterable[int], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Repeatable normal numbers, whatever the user's default device and random state."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -80,24 +87,52 @@ def scaled(u: Tensor, factors: Tensor, layout: Layout) -> Tensor:
     return layout.join(rows, u.shape)[0]
 
 
-def agree(u: Tensor, v: Tensor, size: Tensor | None = None) -> bool:
-    """Equal up to rounding, measured against the largest entry of v."""
+def agree(u: Tensor, v: Tensor, within: float = 0.0) -> bool:
+    """Equal up to rounding, measured against the largest entry of v. NaN and Inf say nothing.
+
+    within: a tolerance that may be wider than that of the tensors' own precision.
+    """
     if u.numel() == 0:
         return True
-    top = (v if size is None else size).abs().max()
-    # NaN and Inf pass through every formula alike; they say nothing about the layout
-    return bool(((u - v).abs() <= tolerance(u.dtype) * top).all()) or not bool(torch.isfinite(top))
+    off, top = (u - v).abs(), v.abs()
+    if not bool(torch.isfinite(off.sum() + top.sum())):
+        off, top = off.nan_to_num(0, 0, 0), top.nan_to_num(0, 0, 0)
+    return bool((off <= max(within, tolerance(u.dtype)) * top.max()).all())
 
 
-def find(u: Tensor, su: Tensor, factors: Tensor) -> Layout | None:
-    """The layout of a tensor from its two probe columns [*shape]; None where samples mix or are absent."""
+def same(u: Tensor, v: Tensor, top: Tensor) -> bool:
+    """Equal entry by entry, each to its own rounding; `top`: the largest entry of all that took part."""
+    bound = tolerance(u.dtype) * v.abs() + 8 * torch.finfo(u.dtype).eps * top
+    return bool(((u - v).abs() <= bound).all())
+
+
+_LOOKED_AT = 256  # entries that a layout is tried on before whole tensors are compared
+
+
+def find(u: Tensor, su: Tensor, factors: Tensor, within: float = 0.0) -> Layout | None:
+    """The layout of a tensor from its two probe columns [*shape].
+
+    None where samples mix or are absent, and where the columns do not tell: they vanish, or fit several layouts.
+    """
     N = factors.numel()
+    told = (torch.isfinite(su) & torch.isfinite(u) & (u != 0)).reshape(-1).nonzero()[:, 0]
+    if N == 0 or len(told) == 0:
+        return None
+    # a few entries spread over the tensor rule out most layouts at once
+    few = told[:: max(1, len(told) // _LOOKED_AT)]
+    here, there = u.reshape(-1)[few], su.reshape(-1)[few]
+    found: list[Layout] = []
+    stride = u.numel()
     for axis, size in enumerate(u.shape):
-        if N == 0 or size % N:
+        stride //= size
+        if size % N:
             continue
-        rest = size // N
+        place, rest = few // stride % size, size // N
         for outer in (d for d in range(1, rest + 1) if rest % d == 0):
             layout = Layout(N, axis, outer, rest // outer)
-            if agree(su, scaled(u, factors, layout)):
-                return layout
-    return None
+            guess = here * factors[place // layout.inner % N]
+            if agree(there, guess, within=within) and agree(su, scaled(u, factors, layout), within=within):
+                if N == 1:
+                    return layout
+                found.append(layout)
+    return found[0] if len(found) == 1 else None

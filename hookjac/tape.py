@@ -8,7 +8,9 @@ the `metadata` of the autograd nodes they speak of and are freed with the graph;
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,20 +33,23 @@ class Mark:
     selected: bool = False
 
 
-def leaves(found: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
+def leaves(found: Any, path: str = "output", within: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in what a model returned or was given, with the expression that reaches it."""
+    if id(found) in within:
+        return  # it contains itself
+    within = (*within, id(found))
     if isinstance(found, Tensor):
         yield path, found
     elif isinstance(found, Mapping):
         for key, value in found.items():
-            yield from leaves(value, f"{path}[{key!r}]")
+            yield from leaves(value, f"{path}[{key!r}]", within)
     elif isinstance(found, (list, tuple)):
         for k, value in enumerate(found):
             name = found._fields[k] if hasattr(found, "_fields") else None
-            yield from leaves(value, f"{path}.{name}" if name else f"{path}[{k}]")
+            yield from leaves(value, f"{path}.{name}" if name else f"{path}[{k}]", within)
     elif dataclasses.is_dataclass(found) and not isinstance(found, type):
         for entry in dataclasses.fields(found):
-            yield from leaves(getattr(found, entry.name), f"{path}.{entry.name}")
+            yield from leaves(getattr(found, entry.name, None), f"{path}.{entry.name}", within)
 
 
 def select(output: Any, how: Select) -> Tensor:
@@ -66,13 +71,16 @@ def select(output: Any, how: Select) -> Tensor:
     try:
         if callable(how):
             found = how(output)
-        elif isinstance(output, (Mapping, list, tuple)) and not (isinstance(how, str) and hasattr(output, how)):
-            found = output[how]  # type: ignore[call-overload,index]
+        elif isinstance(output, Mapping) or not isinstance(how, str):
+            if isinstance(output, Tensor):
+                raise TypeError("the model returned one tensor; there is nothing to select")
+            found = output[how]
         else:
-            found = getattr(output, how) if isinstance(how, str) else output[how]
+            found = getattr(output, how)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise HookjacError(
-            f"output={how!r} finds nothing in what the model returned ({_listed(names) or type(output).__name__})."
+            f"output={how!r} finds nothing in what the model returned ({_listed(names) or type(output).__name__}): "
+            f"{error}."
         ) from error
     if not isinstance(found, Tensor):
         raise HookjacError(
@@ -95,11 +103,9 @@ class Tape:
         self.output = output
         self.calls_without_grad = 0
         self.calls = 0
-        self.samples: int | None = None  # of the last call
-        self.out_shape = torch.Size()
-        # what to do before the model runs (returns whether it did) and after
-        self.around: tuple[Callable[[], bool], Callable[[], None]] = (lambda: False, lambda: None)
-        self._aside: list[bool] = []
+        self.given: list[weakref.ref[Tensor]] = []  # what the model was called with
+        # what to do before the model runs and after
+        self.around: tuple[Callable[[], None], Callable[[], None]] = (lambda: None, lambda: None)
         self._handles: list[Any] = []
 
     def install(self) -> None:
@@ -112,7 +118,11 @@ class Tape:
 
     def remove(self) -> None:
         while self._handles:
-            self._handles.pop().remove()
+            handle = self._handles.pop()
+            handle.remove()
+            # torch forgets these two (seen on 2.13): an entry for each block would stay for ever
+            hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
+            hooks._global_forward_hooks_always_called.pop(handle.id, None)
 
     def mark(self, edge: Edge) -> Mark | None:
         marks = edge.node.metadata.get(self)
@@ -124,12 +134,27 @@ class Tape:
         marks: dict[int, Mark] = metadata.setdefault(self, {})
         return marks.setdefault(tensor.output_nr, Mark())
 
+    def carry(self, edge: Edge, tensor: Tensor) -> None:
+        """Say of `tensor` that it is the same output of the model as the one at `edge`."""
+        mark = self.mark(edge)
+        if mark is not None and mark.output:
+            note = self._note(tensor)
+            note.output, note.selected = mark.output, note.selected or mark.selected
+
     def _before(self, module: nn.Module, args: Any) -> None:
         name = self.names.get(module)
         if name is None:
             return
         if module is self.model:
-            self._aside.append(self.around[0]())
+            self.around[0]()
+            if module._forward_hooks:  # they may change the output, and run after ours: be the last of them
+                last: list[Any] = []
+
+                def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                    last.pop().remove()
+                    self._root(args, kwargs, output)
+
+                last.append(module.register_forward_hook(see, with_kwargs=True))
         if not torch.is_grad_enabled():
             return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
@@ -141,7 +166,7 @@ class Tape:
             )
 
     def _always(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self.model and self._aside and self._aside.pop():
+        if module is self.model:
             self.around[1]()
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -150,11 +175,13 @@ class Tape:
             return
         if isinstance(output, Tensor) and output.grad_fn is not None:
             self._layer(module, name, args, kwargs, output)
-        if module is self.model:
+        if module is self.model and not module._forward_hooks:
             self._root(args, kwargs, output)
 
     def _layer(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         rule = lookup(module)
+        if next(iter(hooks._global_forward_hooks.values())).__name__ != "_after":
+            return  # a global hook of somebody else ran before us: this may not be what the layer made
         inputs = [*args, *kwargs.values()]
         if rule is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             return
@@ -175,6 +202,7 @@ class Tape:
             source=source,
             params={key: p for key, p in own.items() if p.requires_grad},
             values={key: p.detach() for key, p in own.items()},
+            options=SimpleNamespace(**vars(module)),
         )
         mark.call.versions = mark.call.version()
 
@@ -184,21 +212,27 @@ class Tape:
             self.calls_without_grad += 1
             return
         chosen = select(output, self.output)
+        if chosen.is_complex():
+            raise HookjacError(
+                f"the model's selected output is complex ({chosen.dtype}): its Jacobian depends on a convention that "
+                "hookjac does not choose. Return its real and imaginary parts (torch.view_as_real)."
+            )
         if chosen.dim() == 0:
             raise HookjacError(
                 "the model's selected output is a single number, expected a first axis that counts the samples. "
                 "If the model returns its loss, select what the loss is computed from: extend(model, output=...)."
             )
         inputs = [(path, t) for path, t in leaves((args, kwargs)) if t.dim() > 0]
+        indexed = any(not t.is_floating_point() for _, t in inputs)  # which node belongs to which graph, say
+        self.given = [ref for ref in self.given if ref() is not None] + [weakref.ref(t) for _, t in inputs]
         N = chosen.shape[0]
         # one common first axis that is not N, and N nowhere else either: this is no batch of samples
-        if len({t.shape[0] for _, t in inputs}) == 1 and all(N not in t.shape for _, t in inputs):
+        if not indexed and len({t.shape[0] for _, t in inputs}) == 1 and all(N not in t.shape for _, t in inputs):
             shapes = ", ".join(str(tuple(t.shape)) for _, t in inputs[:4])
             raise HookjacError(
                 f"the model's output has shape {tuple(chosen.shape)}, but no input has an axis of {N} (inputs: "
                 f"{shapes}). The first axis of the output must count the samples; add it with unsqueeze(0) for one."
             )
-        self.samples, self.out_shape = N, chosen.shape[1:]
         if not chosen.requires_grad:
             raise HookjacError(
                 "the selected output does not require grad: it was computed under torch.no_grad(), detached, or no "

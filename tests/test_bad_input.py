@@ -183,7 +183,7 @@ def test_loss_mixes_samples(name: str, quantity: str) -> None:
 
 def test_parameter_multiplies_the_reduced_loss() -> None:
     model = Fn(lambda m, x: m.a(x), a=nn.Linear(D, C), s=nn.Parameter(torch.tensor(2.0)))
-    refuses("parameter 's' multiplies the loss after", model,
+    refuses("parameter 's' scales the loss above the samples", model,
             lambda: (model.s * F.cross_entropy(model(torch.randn(N, D)), Y)).backward(), "grad_sample")  # fmt: skip
 
 
@@ -217,13 +217,15 @@ def test_output_selection() -> None:
 
 def test_jac_of_two_calls() -> None:
     model = nn.Linear(D, C)
-    refuses("the model was called 2 times", model,
+    refuses("jac: 2 selected outputs of the model", model,
             lambda: (model(torch.randn(N, D)).sum() + model(torch.randn(N, D)).sum()).backward(), "jac")  # fmt: skip
 
 
 def test_model_never_called_but_its_parts() -> None:
     model, x = mlp(nn.Tanh), torch.randn(N, D)
-    refuses("jac: the model was called 0 times", model, lambda: model[1](model[0](x)).square().sum().backward(), "jac")
+    refuses(
+        "jac: 0 selected outputs of the model", model, lambda: model[1](model[0](x)).square().sum().backward(), "jac"
+    )
     with extend(model, "grad_sample"):
         model[4](torch.tanh(model[2](torch.tanh(model[0](x))))).square().sum().backward()
     wanted = expected(model, lambda: model(x), lambda o: o.square().sum())

@@ -292,10 +292,10 @@ def test_functional_call_reaches_the_true_leaf() -> None:
 
 
 def test_explain_prints_a_row_for_each_parameter() -> None:
-    model = Fn(lambda m, x: m.a(x) * m.s, a=nn.Linear(D, C), s=par(C))
+    model = Fn(lambda m, x: torch.atan2(m.a(x), m.s) * m.t, a=nn.Linear(D, C), s=par(C), t=par(1))
     with extend(model) as ext:
         model(torch.randn(N, D)).square().sum().backward()
     text = str(ext.explain())
     assert all(name in text for name, _ in model.named_parameters())
     assert ext.explain().to_dict()["s"]["road"] == "masked columns"
-    assert ext.explain().to_dict()["a.weight"]["road"] == "rule"
+    assert ext.explain().to_dict()["t"]["road"] == ext.explain().to_dict()["a.weight"]["road"] == "rule"

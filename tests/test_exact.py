@@ -21,6 +21,13 @@ QUANTITIES = ("grad_sample", "jac", "ggn_diag", "hess_diag")
 def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rule at all: every layer goes by autograd's own nodes."""
     monkeypatch.setattr(rule, "_RULES", {})
+    monkeypatch.setattr(rule, "_NODES", {})
+
+
+@pytest.fixture
+def functional(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rule for a module: layers are recognised by the nodes they leave, as functional code is."""
+    monkeypatch.setattr(rule, "_RULES", {})
 
 
 def prepare(
@@ -81,6 +88,12 @@ def test_exact_without_rules(case: Case) -> None:
     else:
         ext = compare(case)
     assert not {row.road for row in ext.explain().rows} & {"rule"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("functional")
+def test_exact_as_functional_code(case: Case) -> None:
+    compare(case, QUANTITIES if case.oracle is None else ("grad_sample", "jac", "ggn_diag"))
 
 
 @pytest.mark.parametrize("road", ["columns", "features", "entries"])

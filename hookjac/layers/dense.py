@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hookjac.factor import Dense, Factor, Outer
-from hookjac.rule import Call, Rule, register
+from hookjac.graph import Node
+from hookjac.layers.broadcast import operand, stretched, summed
+from hookjac.rule import Call, NodeRule, Rule, register, register_node
 from hookjac.samples import Layout
 
 
@@ -21,14 +23,16 @@ def _linear_factors(call: Call, G: Tensor, layout: Layout) -> dict[str, Factor]:
     g = _positions(layout.split(G))  # [V, N, L, o]
     found: dict[str, Factor] = {}
     if "weight" in call.params:
-        found["weight"] = Outer(g, _positions(layout.split(call.x.unsqueeze(0)))[0])
+        found["weight"] = Outer(g.unsqueeze(2), _positions(layout.split(call.x.unsqueeze(0)))[0].unsqueeze(1))
     if "bias" in call.params:
         found["bias"] = Dense(g[:, :, 0] if g.shape[2] == 1 else g.sum(2))
     return found
 
 
-def _samples_not_features(call: Call, layout: Layout) -> bool:
-    return layout.axis < call.x.dim() - 1
+def _features_as_samples(call: Call, layout: Layout) -> str | None:
+    if layout.axis < call.x.dim() - 1 or layout.N == 1:
+        return None
+    return f"its {layout.N} output features would be the samples"
 
 
 register(
@@ -38,7 +42,84 @@ register(
         params=("weight", "bias"),
         pull=_linear_pull,
         factors=_linear_factors,
-        fits=_samples_not_features,
+        fits=lambda call, layout: layout.axis < call.x.dim() - 1,
+        refuses=_features_as_samples,
         constant=True,
+    )
+)
+
+
+# The same in functional code: x @ w, F.linear, attention's projections, as the nodes they leave ------------------
+
+
+def _rows(t: Tensor, layout: Layout) -> Tensor:  # samples among the rows: [V, N L, d] -> [V, N, L, d]
+    return _positions(layout.split(t))
+
+
+def _columns(t: Tensor, layout: Layout) -> Tensor:  # samples among the columns: [V, d, N L] -> [V, N, L, d]
+    t = layout.split(t)
+    return t.unsqueeze(2) if t.dim() == 3 else t.transpose(2, 3)
+
+
+def _product(g: Tensor, a: Tensor, scale: float, *, swapped: bool) -> Outer:
+    g = g if scale == 1 else g * scale
+    return Outer(g.unsqueeze(2), a.detach().unsqueeze(1), swapped=swapped)
+
+
+def _mm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    """out [r, c] = left [r, k] @ right [k, c]. Samples among the rows: `right` is shared; else `left` is."""
+    if slot == 1:
+        return _product(_rows(G, layout), _rows(node._saved_self.unsqueeze(0), layout)[0], 1, swapped=True)
+    return _product(_columns(G, layout), _columns(node._saved_mat2.unsqueeze(0), layout)[0], 1, swapped=False)
+
+
+def _addmm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    if slot == 0:
+        return summed(G if node._saved_beta == 1 else G * node._saved_beta, operand(node, 0), layout)
+    scale = node._saved_alpha
+    if slot == 2:
+        return _product(_rows(G, layout), _rows(node._saved_mat1.unsqueeze(0), layout)[0], scale, swapped=True)
+    return _product(_columns(G, layout), _columns(node._saved_mat2.unsqueeze(0), layout)[0], scale, swapped=False)
+
+
+def _addmm_fits(node: Node, slot: int, layout: Layout) -> bool:
+    return stretched(node, 0, layout) if slot == 0 else layout.axis == (0 if slot == 2 else 1)
+
+
+def _bmm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    """out [B, r, c] = left [B, r, k] @ right [B, k, c], samples among the rows."""
+
+    def blocks(t: Tensor) -> Tensor:  # [V, B, N L, d] -> [V, N, B, L, d]
+        t = layout.split(t)
+        return t.unsqueeze(3) if t.dim() == 4 else t
+
+    return Outer(blocks(G), blocks(node._saved_self.detach().unsqueeze(0))[0], operand(node, 1), swapped=True)
+
+
+def _mv_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    """out [r] = left [r, k] @ right [k], samples among the rows."""
+    g = layout.split(G)  # [V, N, L] or [V, N]
+    g = (g.unsqueeze(2) if g.dim() == 2 else g).unsqueeze(3)
+    return Outer(
+        g.unsqueeze(2), _rows(node._saved_self.detach().unsqueeze(0), layout)[0].unsqueeze(1), operand(node, 1)
+    )
+
+
+def _mm_fits(node: Node, slot: int, layout: Layout) -> bool:
+    return layout.axis == (0 if slot == 1 else 1)
+
+
+register_node(NodeRule(name="matrix product", nodes=("MmBackward0",), slots=(0, 1), fits=_mm_fits, part=_mm_part))
+register_node(
+    NodeRule(name="linear map", nodes=("AddmmBackward0",), slots=(0, 1, 2), fits=_addmm_fits, part=_addmm_part)
+)
+register_node(
+    NodeRule(
+        name="batched product", nodes=("BmmBackward0",), slots=(1,), fits=lambda n, k, la: la.axis == 1, part=_bmm_part
+    )
+)
+register_node(
+    NodeRule(
+        name="product with a vector", nodes=("MvBackward0",), slots=(1,), fits=lambda n, k, la: True, part=_mv_part
     )
 )

@@ -6,7 +6,6 @@ At a kink the value is the one that PyTorch's own backward takes.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +19,30 @@ def _is(condition: Tensor, x: Tensor) -> Tensor:
     return condition.to(x.dtype)
 
 
-def _opt(call: Call) -> Any:
-    """The module as an untyped record of its options."""
-    return call.module
-
-
 # Piecewise linear -------------------------------------------------------------------------------------------
 
 
+# Said as "not outside", for so PyTorch says it: NaN passes.
+
+
 def _leaky(call: Call) -> Tensor:
-    return torch.where(call.x > 0, 1.0, _opt(call).negative_slope).to(call.x.dtype)
+    x = call.x
+    return torch.where(x > 0, x.new_ones(()), x.new_full((), call.options.negative_slope))
 
 
 def _hardtanh(call: Call) -> Tensor:
-    m = _opt(call)
-    return _is((call.x > m.min_val) & (call.x < m.max_val), call.x)
+    m = call.options
+    return ~((call.x <= m.min_val) | (call.x >= m.max_val))
 
 
 def _hardshrink(call: Call) -> Tensor:
-    return _is(~((call.x >= -_opt(call).lambd) & (call.x <= _opt(call).lambd)), call.x)
+    return ~((call.x >= -call.options.lambd) & (call.x <= call.options.lambd))
 
 
-register(elementwise("relu", nn.ReLU, d1=lambda c: _is(c.x > 0, c.x), d2=None))
+register(elementwise("relu", nn.ReLU, d1=lambda c: ~(c.x <= 0), d2=None))
 register(elementwise("leaky relu", nn.LeakyReLU, d1=_leaky, d2=None))
 register(elementwise("hardtanh", nn.Hardtanh, nn.ReLU6, d1=_hardtanh, d2=None))
-register(elementwise("threshold", nn.Threshold, d1=lambda c: _is(c.x > _opt(c).threshold, c.x), d2=None))
+register(elementwise("threshold", nn.Threshold, d1=lambda c: ~(c.x <= c.options.threshold), d2=None))
 register(elementwise("shrink", nn.Hardshrink, nn.Softshrink, d1=_hardshrink, d2=None))
 # PyTorch's backward has this slope in float32 whatever the input's type; the sum must equal its gradient
 _SIXTH = float(torch.tensor(1 / 6, dtype=torch.float32))
@@ -101,7 +99,7 @@ def _mish2(call: Call) -> Tensor:
 
 def _gelu1(call: Call) -> Tensor:
     x = call.x
-    if _opt(call).approximate == "tanh":
+    if call.options.approximate == "tanh":
         t, du, _ = _gelu_tanh(x)
         return 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * du
     return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x.square()) / _SQRT_2PI
@@ -109,7 +107,7 @@ def _gelu1(call: Call) -> Tensor:
 
 def _gelu2(call: Call) -> Tensor:
     x = call.x
-    if _opt(call).approximate == "tanh":
+    if call.options.approximate == "tanh":
         t, du, ddu = _gelu_tanh(x)
         u = 1 - t.square()
         return u * du + 0.5 * x * u * (ddu - 2 * t * du.square())
@@ -124,7 +122,7 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _softplus(call: Call) -> tuple[Tensor, Tensor]:
     """Slope of the smooth part, and where softplus has become the identity."""
-    m = _opt(call)
+    m = call.options
     z = call.x * m.beta
     return z.sigmoid(), z > m.threshold
 
@@ -136,15 +134,15 @@ def _softplus1(call: Call) -> Tensor:
 
 def _softplus2(call: Call) -> Tensor:
     s, straight = _softplus(call)
-    return torch.where(straight, torch.zeros_like(s), _opt(call).beta * s * (1 - s))
+    return torch.where(straight, torch.zeros_like(s), call.options.beta * s * (1 - s))
 
 
 def _exponential(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ELU, CELU and SELU are scale * alpha (exp(x / width) - 1) below zero; scale x above."""
-    m = _opt(call)
-    if isinstance(m, nn.SELU):
+    m = call.options
+    if isinstance(call.module, nn.SELU):
         alpha, width, scale = 1.6732632423543772848170429916717, 1.0, 1.0507009873554804934193349852946
-    elif isinstance(m, nn.CELU):
+    elif isinstance(call.module, nn.CELU):
         # PyTorch's backward rounds this alpha to float32, whatever the input's type; the sum must equal its gradient
         alpha, width, scale = m.alpha, float(torch.tensor(m.alpha, dtype=torch.float32)), 1.0
     else:
@@ -159,8 +157,8 @@ def _exponential1(call: Call) -> Tensor:
 
 
 def _exponential2(call: Call) -> Tensor:
-    _, curve, below, _ = _exponential(call)
-    return torch.where(below, curve, torch.zeros_like(curve))
+    _, curve, _, _ = _exponential(call)
+    return torch.where(call.x < 0, curve, torch.zeros_like(curve))  # at zero PyTorch takes the other side
 
 
 def _hardswish1(call: Call) -> Tensor:

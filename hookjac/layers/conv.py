@@ -1,0 +1,70 @@
+"""Convolutions of any dimension, stride, dilation, padding and number of groups, and their transposes.
+
+A convolution multiplies its weight with patches of its input, so a weight's gradient is an outer product summed
+over positions; a transposed one multiplies its input with patches of what it writes to. Paddings other than
+zeros are nodes of their own before this one.
+
+V columns · N samples · B groups · L positions · k kernel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hookjac.factor import Dense, Factor, Outer
+from hookjac.graph import Node
+from hookjac.layers.broadcast import operand
+from hookjac.rule import NodeRule, register_node
+from hookjac.samples import Layout
+
+
+def patches(t: Tensor, groups: int, sizes: Sequence[int], kernel: Sequence[int], node: Node) -> Tensor:
+    """What each position of a kernel's slide sees: [M, C, *space] -> [M, B, L, C/B k], L = prod(sizes)."""
+    n = len(kernel)
+    pads = [p for size in reversed(node._saved_padding) for p in (size, size)]
+    t = torch.nn.functional.pad(t, pads)
+    steps = t.stride()[2:]
+    slides = [s * d for s, d in zip(steps, node._saved_stride, strict=True)]
+    reaches = [s * d for s, d in zip(steps, node._saved_dilation, strict=True)]
+    M, C = t.shape[:2]
+    split = (M, groups, C // groups, *sizes, *kernel)
+    view = t.as_strided(split, (t.stride(0), t.stride(1) * (C // groups), t.stride(1), *slides, *reaches))
+    order = (0, 1, *range(3, 3 + n), 2, *range(3 + n, 3 + 2 * n))
+    return view.permute(order).flatten(2 + n).flatten(2, 1 + n)
+
+
+def _grouped(t: Tensor, groups: int) -> Tensor:  # [M, C, *space] -> [M, B, L, C/B]
+    return t.reshape(t.shape[0], groups, t.shape[1] // groups, -1).transpose(2, 3)
+
+
+def _apart(t: Tensor, V: int, layout: Layout) -> Tensor:  # [V rows, B, L, d] -> [V, N, B, L, d]
+    t = layout.split(t.reshape(V, -1, *t.shape[1:]))
+    return t if t.dim() == 5 else t.transpose(2, 3).flatten(3, 4)  # several images a sample: more positions
+
+
+def _part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, rows, O, *space]
+    V = G.shape[0]
+    if slot == 2:
+        t = layout.split(G.flatten(3).sum(3))  # [V, N, (L), O]
+        return Dense(t if t.dim() == 3 else t.sum(2), fresh=True)
+    x, weight, groups = node._saved_input.detach(), operand(node, 1), node._saved_groups
+    G = G.reshape(-1, *G.shape[2:])
+    if node._saved_transposed:
+        g, a = patches(G, groups, x.shape[2:], weight[2:], node), _grouped(x, groups)
+    else:
+        g, a = _grouped(G, groups), patches(x, groups, G.shape[2:], weight[2:], node)
+    return Outer(_apart(g, V, layout), _apart(a, 1, layout)[0], weight, swapped=node._saved_transposed)
+
+
+register_node(
+    NodeRule(
+        name="convolution",
+        nodes=("ConvolutionBackward0",),
+        slots=(1, 2),
+        fits=lambda node, slot, layout: layout.axis == 0,
+        part=_part,
+    )
+)

@@ -1,0 +1,77 @@
+"""Tables that are looked up: their gradients stay the looked-up rows.
+
+V columns · N samples · M rows looked up by all samples together
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hookjac.factor import Factor, Lookup
+from hookjac.graph import Node
+from hookjac.layers.broadcast import operand, result
+from hookjac.rule import NodeRule, register_node
+from hookjac.samples import Layout
+
+
+def _sample_of(layout: Layout, size: int, device: torch.device) -> Tensor:
+    """Which sample each place along the samples' axis belongs to."""
+    return torch.arange(size, device=device) // layout.inner % layout.N
+
+
+def _counts(row: Tensor, rows: int, keep: Tensor) -> Tensor:
+    return torch.zeros(rows, device=row.device, dtype=torch.long).index_add_(0, row, keep.long())
+
+
+def _embedding_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, *index, d]
+    index: Tensor = node._saved_indices
+    rows = operand(node, 0)[0]
+    along = [1] * index.dim()
+    along[layout.axis] = -1
+    sample = _sample_of(layout, index.shape[layout.axis], index.device).view(along).expand(index.shape)
+    row = index.reshape(-1)
+    weight = (row != _padding(node)).to(G.dtype)
+    if node._saved_scale_grad_by_freq:
+        weight = weight / _counts(row, rows, torch.ones_like(row))[row]
+    g = G.reshape(G.shape[0], -1, G.shape[-1]) * weight.unsqueeze(1)
+    return Lookup(g, row, sample.reshape(-1), layout.N, operand(node, 0))
+
+
+def _padding(node: Node) -> int:
+    """-1 where there is none; autograd keeps it as an unsigned number."""
+    found = int(node._saved_padding_idx)
+    return -1 if found >= 1 << 63 else found
+
+
+def _bag_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, bags, d]
+    row, offsets = node._saved_indices, node._saved_offsets
+    bags, (rows, d) = G.shape[1], operand(node, 0)
+    bag = torch.searchsorted(offsets[:bags].contiguous(), torch.arange(len(row), device=row.device), right=True) - 1
+    keep = row != _padding(node)
+    sample = _sample_of(layout, bags, row.device)
+    filled = _counts(bag, bags, keep)
+    if node._saved_mode == 2:  # the largest entry of each feature: one entry of the table for each
+        place = (node._saved_result3 * d + torch.arange(d, device=row.device)).reshape(-1)
+        g = (G * (filled > 0).unsqueeze(1)).reshape(G.shape[0], -1, 1)
+        return Lookup(g, place.clamp(min=0), sample.repeat_interleave(d), layout.N, operand(node, 0))
+    weight = keep.to(G.dtype)
+    if node._saved_per_sample_weights is not None:
+        weight = weight * node._saved_per_sample_weights.detach()
+    if node._saved_mode == 1:
+        weight = weight / filled.clamp(min=1)[bag]
+    if node._saved_scale_grad_by_freq:
+        weight = weight / _counts(row, rows, torch.ones_like(row))[row]
+    return Lookup(G[:, bag] * weight.unsqueeze(1), row, sample[bag], layout.N, operand(node, 0))
+
+
+def _not_features(node: Node, slot: int, layout: Layout) -> bool:
+    return layout.axis < len(result(node)) - 1
+
+
+register_node(
+    NodeRule(name="embedding", nodes=("EmbeddingBackward0",), slots=(0,), fits=_not_features, part=_embedding_part)
+)
+register_node(
+    NodeRule(name="embedding bag", nodes=("EmbeddingBagBackward0",), slots=(0,), fits=_not_features, part=_bag_part)
+)

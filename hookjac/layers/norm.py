@@ -1,0 +1,68 @@
+"""Normalisations: what their scale and shift receive. Their curvature is the node's own.
+
+LayerNorm, GroupNorm, and BatchNorm with running statistics. InstanceNorm is the same node as BatchNorm with the
+samples among its channels and its scale repeated for each; RMSNorm is a product (`broadcast`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hookjac.factor import Dense, Factor
+from hookjac.graph import Node
+from hookjac.layers.broadcast import result
+from hookjac.rule import NodeRule, register_node
+from hookjac.samples import Layout
+
+
+def _layer_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    if slot == 1:
+        G = G * ((node._saved_input - node._saved_result1) * node._saved_result2).detach()
+    rows = layout.split(G)
+    positions = list(range(2, rows.dim() - len(node._saved_normalized_shape)))
+    return Dense(rows.sum(positions) if positions else rows, fresh=bool(positions) or slot == 1)
+
+
+def _layer_fits(node: Node, slot: int, layout: Layout) -> bool:
+    return layout.axis < len(result(node)) - len(node._saved_normalized_shape)
+
+
+def _channel_part(normal: Tensor | None, G: Tensor, layout: Layout) -> Factor:
+    """G [V, rows, C, *space], summed over all but samples and channels."""
+    G = G if normal is None else G * normal.detach()
+    G = G.flatten(3).sum(3) if G.dim() > 3 else G
+    rows = layout.split(G)  # [V, N, (L), C]
+    return Dense(rows if rows.dim() == 3 else rows.sum(2))
+
+
+def _group_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    if slot == 2:
+        return _channel_part(None, G, layout)
+    x = node._saved_input
+    grouped = x.reshape(x.shape[0], node._saved_group, -1)
+    normal = (grouped - node._saved_result1.unsqueeze(2)) * node._saved_result2.unsqueeze(2)
+    return _channel_part(normal.reshape(x.shape), G, layout)
+
+
+def _batch_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    if slot == 2:
+        return _channel_part(None, G, layout)
+    x = node._saved_input
+    along = (-1, *[1] * (x.dim() - 2))
+    scale = torch.rsqrt(node._saved_running_var + node._saved_eps)
+    return _channel_part((x - node._saved_running_mean.view(along)) * scale.view(along), G, layout)
+
+
+def _rows_are_samples(node: Node, slot: int, layout: Layout) -> bool:
+    return layout.axis == 0
+
+
+def _running(node: Node, slot: int, layout: Layout) -> bool:
+    return layout.axis == 0 and not node._saved_training
+
+
+_LAYER, _GROUP, _BATCH = "NativeLayerNormBackward0", "NativeGroupNormBackward0", "NativeBatchNormBackward0"
+register_node(NodeRule(name="layer norm", nodes=(_LAYER,), slots=(1, 2), fits=_layer_fits, part=_layer_part))
+register_node(NodeRule(name="group norm", nodes=(_GROUP,), slots=(1, 2), fits=_rows_are_samples, part=_group_part))
+register_node(NodeRule(name="batch norm", nodes=(_BATCH,), slots=(1, 2), fits=_running, part=_batch_part))

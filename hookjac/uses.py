@@ -1,0 +1,148 @@
+"""Where each parameter is used by something that a rule explains, and what it receives there.
+
+A use is a layer's call (its rule names the parameter), or an autograd node with a rule for one of its operands,
+from which a chain of nodes with one input each (a transpose, a slice) leads to the parameter.
+
+N samples · V columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hookjac.factor import Dense, Factor, Outer, total
+from hookjac.graph import Bend, Edge, Node, children, meta, pull
+from hookjac.route import Key, Route
+from hookjac.rule import node_rule
+from hookjac.samples import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One place where a parameter is used. `slot`: the input of a node, or the name within a layer."""
+
+    key: Key
+    slot: int | str
+    rule: str
+    chain: tuple[Edge, ...] = ()  # from the operand down to, not including, the parameter
+
+
+@dataclass(eq=False)
+class Uses:
+    of: dict[int, list[Use]] = field(default_factory=dict)  # id of a parameter -> its uses
+    at: dict[Key, list[tuple[int, Use]]] = field(default_factory=dict)
+    parted: dict[Key, set[int]] = field(default_factory=dict)  # inputs that lead to nothing but uses of this station
+
+    def add(self, p: int, use: Use) -> None:
+        self.of.setdefault(p, []).append(use)
+        self.at.setdefault(use.key, []).append((p, use))
+        if isinstance(use.slot, int):
+            self.parted.setdefault(use.key, set()).add(use.slot)
+
+    def data(self, route: Route, key: Key) -> list[Edge]:
+        """The edges below a station that go on to other stations."""
+        gone = self.parted.get(key, ())
+        return [e for k, e in enumerate(route.after[key]) if e is not None and k not in gone]
+
+
+def find_uses(route: Route, names: Mapping[int, str], below: Collection[Key], layout: Mapping[Edge, Layout]) -> Uses:
+    uses = Uses()
+    for key in route.order:
+        call = route.calls.get(key)
+        if call is not None:
+            for attribute, p in call.params.items():
+                if id(p) in names:
+                    uses.add(id(p), Use(key, attribute, call.rule.name))
+            continue
+        rule = node_rule(key)
+        if rule is None or key not in below:
+            continue
+        edge = Edge(key, 0)
+        if route.outs[key] != [edge] or edge not in layout:
+            continue
+        for slot in rule.slots:
+            operand = route.after[key][slot] if slot < len(route.after[key]) else None
+            if operand is None or not rule.fits(key, slot, layout[edge]):
+                continue
+            end, chain = _follow(route, operand)
+            if end is not None and id(end) in names:
+                uses.add(id(end), Use(key, slot, rule.name, chain))
+    return uses
+
+
+def _follow(route: Route, operand: Edge) -> tuple[Tensor | None, tuple[Edge, ...]]:
+    """The leaf below an operand, if nothing but nodes with a single input lie between."""
+    chain: list[Edge] = []
+    while True:
+        key = route.key(operand)
+        leaf = route.leaf(key)
+        if leaf is not None:
+            return leaf, tuple(chain)
+        after = [e for e in route.after[key] if e is not None]
+        if key in route.calls or len(after) != 1:
+            return None, ()
+        chain.append(operand)
+        operand = after[0]
+
+
+def received(
+    route: Route, uses: Uses, key: Key, G: Tensor, layout: Layout, only: int | None = None
+) -> dict[int, Factor]:
+    """What the parameters used at a station get from columns G [V, *out] of its output."""
+    found: dict[int, Factor] = {}
+    call = route.calls.get(key)
+    if call is not None and call.rule.factors is not None:
+        for attribute, factor in call.rule.factors(call, G, layout).items():
+            p = id(call.params[attribute])
+            found[p] = total([found[p], factor]) if p in found else factor
+        return found
+    rule = node_rule(key)
+    for p, use in uses.at.get(key, ()):
+        if rule is None or not isinstance(use.slot, int) or only not in (None, p):
+            continue
+        factor = _down(use.chain, rule.part(key, use.slot, G, layout))
+        found[p] = total([found[p], factor]) if p in found else factor
+    return found
+
+
+def _down(chain: tuple[Edge, ...], factor: Factor) -> Factor:
+    """A factor of an operand through the nodes between it and the parameter."""
+    for edge in chain:
+        turns = isinstance(factor, Outer) and _turns(edge.node)
+        turned = factor.turned() if turns and isinstance(factor, Outer) else None
+        if turned is not None:
+            factor = turned
+            continue
+        t = factor.dense()  # [V, N, *operand]
+        V, N = t.shape[:2]
+        columns = pull(edge.node, {edge.nr: t.reshape(V * N, *meta(edge)[0])})
+        (out,) = [c for c in columns if c is not None]
+        factor = Dense(out.reshape(V, N, *out.shape[1:]), fresh=True)
+    return factor
+
+
+def _turns(node: Node) -> bool:
+    """Does this node transpose a matrix?"""
+    name = type(node).__name__
+    if name == "TBackward0":
+        return True
+    if name == "TransposeBackward0":
+        return len(meta(Edge(node, 0))[0]) == 2 and (node._saved_dim0 - node._saved_dim1) % 2 == 1
+    return name == "PermuteBackward0" and [d % 2 for d in node._saved_dims] == [1, 0] and len(node._saved_dims) == 2
+
+
+def straight(use: Use) -> bool:
+    """Is everything between the operand and the parameter linear? Then columns alone carry its curvature."""
+    for edge in use.chain:
+        shape, dtype, device = meta(edge)
+        below = [e for e in children(edge.node) if e is not None]
+        try:
+            if not Bend(edge.node, {edge.nr: torch.ones(shape, dtype=dtype, device=device)}, below).flat:
+                return False
+        except RuntimeError:
+            return False
+    return True
