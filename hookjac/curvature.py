@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.factor import quad_block
-from hookjac.graph import Bend, Edge
+from hookjac.graph import Bend, Edge, meta
 from hookjac.loss import hessian, leading_to
 from hookjac.plan import Plan, reachable
 from hookjac.route import Group, Key, Stop
@@ -122,8 +122,7 @@ def _try_diagonal(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tu
         r = random(edge.shape, k, like.device, like.dtype)
         probes.append(torch.stack([torch.ones_like(r), r]))
     found = bend.times(probes)
-    top = max((t.abs().max() for t in found if t.numel()), default=like.new_zeros(()))
-    alike = all(same(t[1], t[0] * p[1], top) for t, p in zip(found, probes, strict=True))
+    alike = all(same(t[1], t[0] * p[1]) for t, p in zip(found, probes, strict=True))
     return [t[0] for t in found], alike
 
 
@@ -178,7 +177,9 @@ class Bundle:
             grads = {e.nr: c[loss][0] for e, c in stop.incoming.items() if loss in c}
             metric = self._metric(stop.key, grads, curve)
             size += metric.shape[1] if metric is not None else 0
-        if may_reroot and worth_rerooting(size, D, N) and all(e in self.plan.layout for e in alive):
+        # the real and imaginary parts of a complex tensor are features of their own, and units would be half of them
+        whole = all(e in self.plan.layout and not meta(e)[1].is_complex for e in alive)
+        if may_reroot and whole and worth_rerooting(size, D, N):
             self._reroot(stop, alive, curve, metric)
         elif curve is not None and metric is not None:
             self._add(stop, curve.edges, metric, f"bend {len(self.members)}")

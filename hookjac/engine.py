@@ -98,7 +98,7 @@ class Walk:
         if "ggn" in self.wanted and plan.lost:
             raise HookjacError(
                 "ggn_diag: no output of the model was met on the way down from the loss, so that it is unknown where "
-                "the loss ends and the network begins. Was the tensor that the model returned modified in place afterwards?"
+                "the loss ends and the network begins. Was the tensor that the model returned modified in place since?"
             )
         if "ggn" in self.wanted and bare:
             raise HookjacError(

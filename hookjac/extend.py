@@ -165,7 +165,8 @@ class _Watch(TorchFunctionMode):
     def __init__(self, tape: Tape, backward: Callable[..., Any]) -> None:
         super().__init__()
         self._backward = backward
-        self._busy = False
+        self._busy = False  # our own derivatives are under way
+        self._running = False  # a backward that we watch is: what it starts itself (a checkpoint) is part of it
         self._retained: list[weakref.ref[Tensor]] = []
         tape.around = (self._aside, self.enter)
 
@@ -214,7 +215,7 @@ class _Watch(TorchFunctionMode):
         elif func is torch.Tensor.register_hook and not args[0].is_leaf:
             (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
             return func(tensor, self._unless_busy(hook))
-        if func not in _STARTS:
+        if func not in _STARTS or self._running:
             return func(*args, **kwargs)
         start = inspect.signature(func).bind(*args, **kwargs)
         heads, cotangents = (name for name in _STARTS[func])
@@ -229,7 +230,11 @@ class _Watch(TorchFunctionMode):
         tensors = _listed(given[heads])
         weights = [None] * len(tensors) if given.get(cotangents) is None else _listed(given[cotangents])
         inputs = None if given.get("inputs") is None else _listed(given["inputs"])
-        return self._backward(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
+        self._running = True
+        try:
+            return self._backward(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
+        finally:
+            self._running = False
 
 
 def _listed(found: Any) -> list[Any]:

@@ -50,7 +50,8 @@ class Top:
 
     loss: Tensor
     N: int
-    frontier: list[Edge]
+    frontier: list[Edge]  # as the walk knows them
+    real: list[Edge]  # as the user's graph does: a reentrant checkpoint is opened for the walk only
     gradients: list[Tensor]  # dL/d frontier, differentiable
     direct: dict[int, Tensor]  # id of a parameter -> its gradient through no sample, differentiable
     entwined: set[int] = field(default_factory=set)  # of those, the ones that scale what the samples add up to
@@ -91,12 +92,12 @@ def top(
             above.add(key)
             stack += [after for after in route.after[key] if after is not None]
     direct = _parameters_below(route, free, names, N)
-    frontier = [route.real(edge) for edge in frontier]
-    edges = frontier + [edge_of(p) for p in direct.values()]
-    with fenced(frontier):
+    real = [route.real(edge) for edge in frontier]
+    edges = real + [edge_of(p) for p in direct.values()]
+    with fenced(real):
         found = gradients([loss], edges, [None], create_graph=True)
     at = found[: len(frontier)]
-    result = Top(loss, N, frontier, at, dict(zip(direct, found[len(frontier) :], strict=True)))
+    result = Top(loss, N, frontier, real, at, dict(zip(direct, found[len(frontier) :], strict=True)))
     _check(result, [key for key in route.order if key in above], route, names)
     return result
 
@@ -165,11 +166,11 @@ def _check(part: Top, above: Iterable[Key], route: Route, names: Mapping[int, st
         route.demand_twice(above)
         if part.N > 1 and heads:
             _check_rows(part, route.rounding)
-        if part.N > 1 and (kink := crossing(route, above, part.frontier, part.N, route.rounding)):
+        if part.N > 1 and (kink := crossing(route, above, part.real, part.N, route.rounding)):
             raise _mixing(f"{kink} above the model's outputs bends or chooses across samples")
         for key, g in part.direct.items():
-            if g.requires_grad and part.frontier:
-                mixed = gradients([g], part.frontier, [_random(g)])
+            if g.requires_grad and part.real:
+                mixed = gradients([g], part.real, [_random(g)])
                 if any(bool((m != 0).any()) for m in mixed):
                     part.entwined.add(key)
     except HookjacError:
@@ -196,9 +197,9 @@ def _check_rows(part: Top, rounding: float) -> None:
     for k, (u, v) in enumerate(zip(first, second, strict=True)):
         s = factors.to(u.dtype)
         columns.append(torch.stack([t for w in (u, v, u + v) for t in (w, scaled(w, s, layout))]) if k in index else u)
-    with fenced(part.frontier):
-        found = gradients([part.gradients[k] for k in index], part.frontier, [columns[k] for k in index], batched=True)
-    for edge, rows in zip(part.frontier, found, strict=True):
+    with fenced(part.real):
+        found = gradients([part.gradients[k] for k in index], part.real, [columns[k] for k in index], batched=True)
+    for edge, rows in zip(part.real, found, strict=True):
         s = factors.to(rows.dtype)
         left = [rows[k + 1] - scaled(rows[k], s, layout) for k in (0, 2, 4)]
         if agree(rows[1], scaled(rows[0], s, layout), rounding):

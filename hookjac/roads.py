@@ -63,11 +63,11 @@ def choose(plan: Plan, edges: list[Edge], bare: list[str], wish: Road) -> Roads:
         candidates: set[int] = set()
     else:
         candidates = _candidates(plan, roads)
-    if bare:
-        _without_columns(plan, roads, candidates, "the loss uses parameters before the model's output")
-        candidates = set()
     inside = reachable(plan.route, [plan.route.key(e) for e in edges])  # what lies above is the loss, not the network
     candidates = _settle(plan, roads, candidates, inside)
+    if bare:
+        _without_columns(plan, roads, candidates, "the loss uses parameters before the model's output")
+        candidates, roads.active, roads.curves = set(), set(), {}
     price = _Prices(plan)
     if candidates:
         roads.columns = _columns_cost(plan, roads, edges, price)
@@ -148,7 +148,7 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
                 lost |= _params_below(plan, below) & candidates
         if not lost:
             return candidates
-        _without_columns(plan, roads, lost, "below a curved step in which samples cannot be told apart")
+        roads.by_products(lost, "entries", "below a curved step in which samples cannot be told apart")
         candidates = candidates - lost
     return candidates
 

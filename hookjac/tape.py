@@ -8,6 +8,7 @@ the `metadata` of the autograd nodes they speak of and are freed with the graph;
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
@@ -109,11 +110,13 @@ class Tape:
         self._handles: list[Any] = []
 
     def install(self) -> None:
+        # a compiler that is at work must call the hooks, not trace them; if it is not loaded, do not load it
+        plain = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda hook: hook
         self._handles = [
-            hooks.register_module_forward_pre_hook(self._before),
-            hooks.register_module_forward_hook(self._after, with_kwargs=True),
+            hooks.register_module_forward_pre_hook(plain(self._before)),
+            hooks.register_module_forward_hook(plain(self._after), with_kwargs=True),
             # after errors too: whatever stepped aside for the forward must come back
-            hooks.register_module_forward_hook(self._always, always_call=True),
+            hooks.register_module_forward_hook(plain(self._always), always_call=True),
         ]
 
     def remove(self) -> None:

@@ -32,7 +32,7 @@ def jacobian(output: Tensor, p: Tensor) -> Tensor:  # [N, *out, *p]
 def hessian_diagonal(loss: Tensor, p: Tensor) -> Tensor:  # [*p]
     first = grad(loss, p).reshape(-1)
     entries = [grad(first[k], p).reshape(-1)[k].detach() for k in range(first.numel())]
-    return torch.stack(entries).reshape(p.shape)
+    return torch.stack(entries).reshape(p.shape) if entries else torch.zeros_like(p)
 
 
 def expected(
