@@ -19,8 +19,8 @@ def _widths(context: click.Context, option: click.Parameter, value: str) -> tupl
         widths = tuple(int(part) for part in value.split(","))
     except ValueError:
         widths = ()
-    if not widths or min(widths) < 1:
-        raise click.BadParameter(f"expected positive widths separated by commas, such as 32,32; got {value!r}")
+    if not widths or min(widths) < 1 or max(widths) > 256:
+        raise click.BadParameter(f"expected widths from 1 to 256 separated by commas, such as 32,32; got {value!r}")
     return widths
 
 
@@ -38,7 +38,7 @@ def _writable(context: click.Context, option: click.Parameter, value: Path) -> P
 @click.option("--activation", type=click.Choice(list(demo.ACTIVATIONS)), default="tanh")
 @click.option("--batch", type=click.IntRange(1, 500), default=256, help="Held-out digits that extend runs on.")
 @click.option("--entries", type=click.IntRange(1, 1000), default=5, help="Entries of each result checked by loops.")
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("hookjac-digits.png"),
               callback=_writable, help="Where the picture goes.")  # fmt: skip
 def main(epochs: int, hidden: tuple[int, ...], activation: str, batch: int, entries: int, seed: int, out: Path) -> None:

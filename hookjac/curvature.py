@@ -12,7 +12,6 @@ N samples · D features of one sample at a tensor · V columns.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,14 +25,6 @@ from hookjac.route import Group, Key, Stop
 from hookjac.samples import Layout, random, same
 
 _BLOCK = 1 << 27  # entries of one dense block [N, D, D]: a gigabyte in float64
-
-
-@dataclass(eq=False)
-class Curve:
-    """A station that is not linear in these of its inputs."""
-
-    edges: list[Edge]
-    diagonal: bool
 
 
 def cut(plan: Plan) -> tuple[list[Edge], list[str]]:
@@ -91,7 +82,7 @@ def unit_columns(edges: Sequence[Edge], layouts: Sequence[Layout], like: Tensor)
     eye = torch.eye(sum(sizes), dtype=like.dtype, device=like.device)
     found = []
     for edge, layout, rest, part in zip(edges, layouts, rests, eye.split(sizes, 1), strict=True):
-        t = part.reshape(-1, 1, *rest).expand(-1, layout.N, *rest)
+        t = part.reshape(part.shape[0], 1, *rest).expand(-1, layout.N, *rest)
         found.append(layout.join(t, edge.shape))
     return found
 
@@ -126,17 +117,15 @@ def _try_diagonal(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tu
     return [t[0] for t in found], alike
 
 
-def curve_of(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> Curve | None:
-    """How a node bends. Raises where its second derivative is of no use: not there, infinite, or complex."""
+def bends(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> bool:
+    """Is a node not linear in these inputs? Raises where its second derivative is missing, infinite or complex."""
     bend = Bend(key, grads, plan.route.raw(key, edges))
     if bend.flat:
-        return None
+        return False
     found, is_diagonal = _try_diagonal(bend, grads, edges)
     if not all(bool(torch.isfinite(t).all()) for t in found) or any(t.is_complex() for t in (*found, *grads.values())):
         raise RuntimeError("not finite, or complex")
-    if is_diagonal and all(bool((t == 0).all()) for t in found):
-        return None
-    return Curve(edges, is_diagonal)
+    return not is_diagonal or any(bool((t != 0).any()) for t in found)
 
 
 def worth_rerooting(size: int, D: int, N: int) -> bool:
@@ -148,7 +137,7 @@ class Bundle:
     """The groups of columns that make up the Hessian, while they walk."""
 
     def __init__(
-        self, plan: Plan, curves: Mapping[Key, Curve], active: Collection[Key], first: Group, keep: bool
+        self, plan: Plan, curves: Mapping[Key, list[Edge]], active: Collection[Key], first: Group, keep: bool
     ) -> None:
         self.plan, self.curves, self.active = plan, curves, active
         self.members: list[Group] = [first]
@@ -167,7 +156,7 @@ class Bundle:
             return
         alive = [e for e in {**stop.waiting, **stop.outgoing} if self._carries(stop, e)]
         if curve is not None:
-            alive += [e for e in curve.edges if e not in alive]
+            alive += [e for e in curve if e not in alive]
         if not alive:
             return
         D = sum(features(e, N) for e in alive)
@@ -182,18 +171,18 @@ class Bundle:
         if may_reroot and whole and worth_rerooting(size, D, N):
             self._reroot(stop, alive, curve, metric)
         elif curve is not None and metric is not None:
-            self._add(stop, curve.edges, metric, f"bend {len(self.members)}")
+            self._add(stop, curve, metric, f"bend {len(self.members)}")
 
     def _carries(self, stop: Stop, edge: Edge) -> bool:
         if self.plan.route.key(edge) not in self.active:
             return False
         return any(g in c for c in (stop.waiting.get(edge, {}), stop.outgoing.get(edge, {})) for g in self.members)
 
-    def _metric(self, key: Key, grads: dict[int, Tensor], curve: Curve) -> Tensor | None:
+    def _metric(self, key: Key, grads: dict[int, Tensor], curve: list[Edge]) -> Tensor | None:
         if not grads:
             return None
-        found, is_diagonal = bend_of(self.plan, key, grads, curve.edges)
-        layouts = [self.plan.layout[e] for e in curve.edges]
+        found, is_diagonal = bend_of(self.plan, key, grads, curve)
+        layouts = [self.plan.layout[e] for e in curve]
         if is_diagonal:
             rows = [la.features(t.unsqueeze(0))[0] for la, t in zip(layouts, found, strict=True)]
             metric = torch.cat(rows, 1)  # [N, D]
@@ -210,7 +199,7 @@ class Bundle:
             stop.outgoing.setdefault(edge, {})[group] = t
         self.members.append(group)
 
-    def _reroot(self, stop: Stop, alive: list[Edge], curve: Curve | None, metric: Tensor | None) -> None:
+    def _reroot(self, stop: Stop, alive: list[Edge], curve: list[Edge] | None, metric: Tensor | None) -> None:
         """All that has come so far, as one dense block on the unit columns of the tensors it is passing."""
         N, layout = self.plan.N, self.plan.layout
         sizes = [features(e, N) for e in alive]
@@ -230,7 +219,7 @@ class Bundle:
         assert total is not None
         if curve is not None and metric is not None:
             where = torch.cat(
-                [torch.arange(sizes[k], device=total.device) + sum(sizes[:k]) for k in map(alive.index, curve.edges)]
+                [torch.arange(sizes[k], device=total.device) + sum(sizes[:k]) for k in map(alive.index, curve)]
             )
             bent = torch.diag_embed(metric) if metric.dim() == 2 else metric
             total = total.clone()

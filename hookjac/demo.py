@@ -186,7 +186,7 @@ def picture(model: nn.Sequential, data: Digits, measured: Measured, path: Path) 
 def _maps(figure: Any, weights: list[tuple[str, Any]]) -> None:
     from matplotlib.colors import SymLogNorm
 
-    figure.suptitle("Exact Hessian diagonal of each weight (the first layer: one 8 x 8 tile for each hidden unit)",
+    figure.suptitle("Exact Hessian diagonal of each weight, colours in log steps (first layer: an 8 x 8 tile a unit)",
                     fontsize=10, x=0.01, ha="left")  # fmt: skip
     axes = figure.subplots(1, len(weights), width_ratios=[1.6] + [1] * (len(weights) - 1), squeeze=False)[0]
     for k, (axis, (name, p)) in enumerate(zip(axes, weights, strict=True)):

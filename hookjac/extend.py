@@ -45,7 +45,8 @@ class extend:
     parameters, there as soon as the backward returns, gone when you `del` them. With `inputs=`, only the parameters
     listed get results. The samples are the first axis of the model's output. After the block no hook is left.
 
-    Not seen: gradient hooks that users put on tensors (`register_hook`); they change `.grad`, not our results.
+    A backward of your own towards parameters (`autograd.grad(g, params)`) counts as one, too. Gradient hooks on
+    parameters, and on tensors outside the forward, neither see nor change our results; see README, Limits, for others.
     """
 
     def __init__(self, model: nn.Module, *quantities: str | Quantity, output: Select = None) -> None:

@@ -104,8 +104,9 @@ def GGNDiag() -> Quantity:
     """`p.ggn_diag` [*p]: the diagonal of the generalised Gauss-Newton matrix, exact to rounding.
 
     G = sum_n J_nᵀ H_n J_n with J_n the Jacobian of the model's outputs and H_n the Hessian of the reduced loss in
-    them; penalties add their own Hessian. For cross entropy it is the Fisher information (Schraudolph 2002, Martens
-    2014). Units: loss / parameter². Cost: C backwards.
+    them; penalties add their own Hessian. What is made of the selected output counts as loss; where the loss goes
+    around all outputs, the first layer's output stands for one. For cross entropy of logits it is the Fisher
+    information (Schraudolph 2002, Martens 2014). Units: loss / parameter². Cost: C backwards.
     """
     return Quantity(name="ggn_diag", columns="ggn", reduce=_quads)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hookjac.curvature import Curve, curve_of, features, unit_columns, worth_rerooting
+from hookjac.curvature import bends, features, unit_columns, worth_rerooting
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, gradients
 from hookjac.plan import Plan, reachable
@@ -38,7 +38,7 @@ class Roads:
 
     road: dict[int, Road] = field(default_factory=dict)  # id of a parameter -> columns, features or entries
     why: dict[int, str] = field(default_factory=dict)
-    curves: dict[Key, Curve] = field(default_factory=dict)
+    curves: dict[Key, list[Edge]] = field(default_factory=dict)
     active: set[Key] = field(default_factory=set)  # stations above parameters that go by columns
     cost: dict[int, float] = field(default_factory=dict)  # FLOPs of each parameter that goes by products
     columns: float = 0.0  # FLOPs of the columns, for all parameters together
@@ -110,6 +110,8 @@ def _without_columns(plan: Plan, roads: Roads, params: Collection[int], why: str
 def _feeds_itself(plan: Plan, uses: list[Use]) -> bool:
     if len(uses) < 2:
         return False
+    if len({use.key for use in uses}) < len(uses):
+        return True  # two inputs of one station
     sources = {plan.route.key(e) for use in uses for e in plan.uses.data(plan.route, use.key)}
     return not reachable(plan.route, sources).isdisjoint(use.key for use in uses)
 
@@ -134,16 +136,15 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
             call = route.calls.get(stop.key)
             if call is not None:
                 if call.rule.bend is not None:
-                    roads.curves[stop.key] = Curve(below, True)
+                    roads.curves[stop.key] = below
             else:
                 grads = {e.nr: c[group][0] for e, c in stop.incoming.items()}
                 try:
-                    curve = curve_of(plan, stop.key, grads, below)
+                    if bends(plan, stop.key, grads, below):
+                        roads.curves[stop.key] = below
                 except RuntimeError:
-                    curve = Curve(below, False)
+                    roads.curves[stop.key] = below
                     lost |= _params_below(plan, below) & candidates
-                if curve is not None:
-                    roads.curves[stop.key] = curve
             if stop.key in roads.curves and any(e not in plan.layout for e in below):
                 lost |= _params_below(plan, below) & candidates
         if not lost:
@@ -213,7 +214,7 @@ def _columns_cost(plan: Plan, roads: Roads, edges: list[Edge], price: _Prices) -
         alive.update({e: 1 for e in plan.uses.data(route, key) if route.key(e) in roads.active})
         curve = roads.curves.get(key)
         if curve is not None:
-            size += sum(features(e, N) for e in curve.edges)
+            size += sum(features(e, N) for e in curve)
         D = sum(features(e, N) for e in alive)
         if D and worth_rerooting(size, D, N):
             total += 2.0 * N * min(size, D) * D * D

@@ -119,7 +119,6 @@ class Route:
         if mark and mark.call and mark.call.intact and edge not in self.rejected:
             key = edge
             if key not in self.calls:
-                mark.call.edge = None
                 self.calls[key] = _at(mark.call, edge)
         outs = self.outs.setdefault(key, [])
         if edge not in outs:

@@ -58,12 +58,12 @@ class Layout:
     def features(self, t: Tensor) -> Tensor:  # [V, *shape] -> [V, N, D], keeping a shared sample axis shared
         t = self.split(t)
         if t.shape[1] > 1 and t.stride(1) == 0:
-            return t[:, :1].reshape(t.shape[0], 1, -1).expand(-1, t.shape[1], -1)
+            return t[:, :1].reshape(t.shape[0], 1, t.shape[2:].numel()).expand(-1, t.shape[1], -1)
         return t.flatten(2) if t.dim() > 2 else t.reshape(*t.shape[:2], 1)
 
 
 def scales(N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One factor for each sample, all different, in a random but repeatable order; never the global generator."""
+    """A factor for each sample, different as far as the type allows, in a random but repeatable order."""
     order = torch.randperm(N, generator=torch.Generator("cpu").manual_seed(20_113), device="cpu")
     return (1 + order.to(torch.float64) / max(N, 1)).to(device=device, dtype=dtype)
 

@@ -299,4 +299,147 @@ FALLBACK = [
          lambda: (torch.randn(N, D), torch.softmax(torch.randn(N, N), 1))),
 ]  # fmt: skip
 
-CASES = RULES + FALLBACK
+
+
+def images(*shape: int) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (torch.randn(N, *shape),)
+
+
+def ids(rows: int, *shape: int) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (torch.randint(rows, (N, *shape)),)
+
+
+def _conv(layer: Callable[[], nn.Module], *shape: int) -> Case:
+    """A convolution above another: its input needs a gradient, its output is curved, and every sample has several."""
+    made = layer()
+    channels, space = shape[0], len(shape) - 1
+    below = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[space]
+    name = repr(made).replace("kernel_size=", "")
+    return Case(name, lambda: nn.Sequential(below(1, channels, 1), nn.Tanh(), layer(), nn.Sigmoid(), nn.Flatten(2)),
+                images(1, *shape[1:]), loss=lambda o: random_loss(o.sum(2)), road="rule")
+
+
+def _bags(**options: Any) -> Case:
+    """EmbeddingBag has no second backward in PyTorch: the oracle sums looked-up rows."""
+    index, offsets = torch.tensor([1, 2, 2, 0, 5, 1, 1]), torch.tensor([0, 2, 2, 5])
+    weighted, mode = options.pop("weighted", False), options.get("mode", "mean")
+    psw = torch.linspace(0.5, 2, len(index), dtype=torch.float64) if weighted else None
+    padding = options.get("padding_idx")
+
+    def bag(m: Any, x: Tensor) -> Tensor:
+        return m.o(torch.tanh(m.e(index, offsets, per_sample_weights=psw)) * x)
+
+    def rows(m: Any, x: Tensor) -> Tensor:
+        found = []
+        for start, stop in zip(offsets.tolist(), [*offsets.tolist()[1:], len(index)], strict=True):
+            keep = [k for k in range(start, stop) if index[k] != padding]
+            t = m.e.weight[index[keep]] * (1 if psw is None else psw[keep, None])
+            if not keep:
+                found.append(m.e.weight.new_zeros(3))
+            else:
+                found.append(t.sum(0) if mode == "sum" else t.mean(0) if mode == "mean" else t.max(0).values)
+        return m.o(torch.tanh(torch.stack(found)) * x)
+
+    def build(way: Callable[[Any, Tensor], Tensor]) -> Callable[[], nn.Module]:
+        return lambda: Fn(way, e=nn.EmbeddingBag(6, 3, **options), o=nn.Linear(3, C))
+
+    name = f"EmbeddingBag {mode}{' weighted' if weighted else ''}{' padded' if padding is not None else ''}"
+    return Case(name, build(bag), images(3), oracle=build(rows), road="rule")
+
+
+class Conv1D(nn.Module):
+    """As in GPT-2: a linear layer whose weight is transposed, by addmm."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.weight, self.bias = par(i, o), par(o)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+# what nodes hand to a parameter, without a rule for the module
+NODES = [
+    _conv(lambda: nn.Conv1d(2, 3, 2), 2, 5),
+    _conv(lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1, dilation=2), 2, 7),
+    _conv(lambda: nn.Conv1d(2, 2, 3, padding="same", padding_mode="reflect"), 2, 5),
+    _conv(lambda: nn.Conv1d(2, 2, 2, padding="same"), 2, 5),
+    _conv(lambda: nn.Conv2d(2, 3, (2, 3), stride=(2, 1), padding=(0, 1), bias=False), 2, 3, 4),
+    _conv(lambda: nn.Conv2d(4, 2, 2, groups=2), 4, 3, 3),
+    _conv(lambda: nn.Conv2d(2, 4, 2, groups=2, padding_mode="circular", padding=1), 2, 3, 3),
+    _conv(lambda: nn.Conv2d(2, 2, 3, padding="valid", padding_mode="replicate"), 2, 3, 4),
+    _conv(lambda: nn.Conv3d(2, 2, 2, stride=(1, 2, 1), dilation=(2, 1, 1)), 2, 3, 3, 2),
+    _conv(lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), 2, 3),
+    _conv(lambda: nn.ConvTranspose1d(2, 2, 2, dilation=2, bias=False), 2, 3),
+    _conv(lambda: nn.ConvTranspose2d(4, 2, 2, groups=2, stride=2), 4, 2, 2),
+    _conv(lambda: nn.ConvTranspose2d(2, 4, (1, 2), groups=2), 2, 2, 2),
+    _conv(lambda: nn.ConvTranspose3d(2, 1, 2, stride=(1, 2, 1)), 2, 2, 2, 2),
+    Case("convolution of frames", lambda: Fn(lambda m, x: m.c(x.flatten(0, 1)).tanh().reshape(N, -1), c=nn.Conv1d(2,
+         2, 2)),
+         images(2, 2, 3), road="rule"),
+    Case("LayerNorm on sequences", lambda: nn.Sequential(nn.Linear(D, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)),
+         sequence(2), road="rule"),
+    Case("LayerNorm over two axes", lambda: nn.Sequential(nn.Linear(D, 4), nn.Unflatten(1, (2, 2)), nn.LayerNorm((2,
+         2)),
+                                                          nn.Tanh(), nn.Linear(2, 2)), road="rule"),
+    Case("LayerNorm without bias", lambda: nn.Sequential(nn.Linear(D, 4), nn.LayerNorm(4, bias=False), nn.Linear(4, C)),
+         road="rule"),
+    Case("RMSNorm", lambda: nn.Sequential(nn.Linear(D, 4), nn.RMSNorm(4), nn.Tanh(), nn.Linear(4, C)), road="rule"),
+    Case("GroupNorm", lambda: nn.Sequential(nn.Conv1d(1, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(),
+                                            nn.Linear(8, 2)), images(1, 3), road="rule"),
+    Case("InstanceNorm", lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.InstanceNorm2d(2, affine=True), nn.Tanh(),
+                                               nn.Flatten(), nn.Linear(8, 2)), images(1, 3, 3), road="rule"),
+    Case("BatchNorm2d in eval mode", lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh(),
+         nn.Flatten(),
+                                                           nn.Linear(8, 2)).eval(), images(1, 3, 3), road="rule"),
+    Case("Embedding with padding", lambda: Fn(lambda m, i: m.o(m.e(i).tanh()).sum(1), o=nn.Linear(3, C),
+                                              e=nn.Embedding(4, 3, padding_idx=1)), ids(4, 3), road="rule"),
+    Case("Embedding by frequency", lambda: Fn(lambda m, i: m.o(m.e(i).tanh()).sum(1), o=nn.Linear(3, C),
+                                              e=nn.Embedding(4, 3, scale_grad_by_freq=True)), ids(4, 3), road="rule",
+         tags=frozenset({"no oracle hessian"})),
+    Case("Embedding, time first", lambda: Fn(lambda m, i: m.o(m.e(i.T).tanh()).sum(0), o=nn.Linear(3, C),
+                                             e=nn.Embedding(4, 3)), ids(4, 3), road="rule"),
+    _bags(mode="sum"), _bags(mode="mean"), _bags(mode="max"), _bags(mode="sum", weighted=True),
+    _bags(mode="sum", padding_idx=1), _bags(mode="mean", padding_idx=2), _bags(mode="max", padding_idx=2),
+    Case("x @ w", lambda: Fn(lambda m, x: (x @ m.w).tanh() @ m.v, w=par(D, 4), v=par(4, C)), road="rule"),
+    Case("x @ w.T on sequences", lambda: Fn(lambda m, x: (x @ m.w.T).tanh() @ m.v.mT, w=par(4, D), v=par(C, 4)),
+         sequence(2), road="rule"),
+    Case("w @ x", lambda: Fn(lambda m, x: (m.w @ x.T).tanh().T @ m.v, w=par(4, D), v=par(4, C)), road="rule"),
+    Case("addmm with factors", lambda: Fn(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.3, alpha=2).tanh(), w=par(D, C),
+                                          b=par(C)), road="rule"),
+    Case("addmm, weight to the left", lambda: Fn(lambda m, x: torch.addmm(m.b, m.w, x.T, alpha=2).tanh().T, w=par(C, D),
+                                                 b=par(C, 1)), road="rule"),
+    Case("GPT-2's Conv1D", lambda: Fn(lambda m, x: m.b(m.a(x).tanh()).sum(1), a=Conv1D(D, 4), b=Conv1D(4, C)),
+         sequence(2),
+         road="rule"),
+    Case("experts side by side", lambda: Fn(lambda m, x: torch.einsum("nd,edk->nek", x, m.w).tanh().sum(1), w=par(2,
+         D, C)),
+         road="rule"),
+    Case("one number a sample", lambda: Fn(lambda m, x: (x @ m.v).tanh(), v=par(D)), road="rule"),
+    Case("scale, shift, quotient", lambda: Fn(lambda m, x: m.b((m.s * m.a(x) - m.t).tanh() + m.u * 2), a=nn.Linear(D,
+         4),
+                                              s=nn.Parameter(torch.tensor(0.7)), t=par(4), u=par(1, 1), b=nn.Linear(4,
+         C)), road="rule"),
+    Case("divided parameter", lambda: Fn(lambda m, x: m.b(m.s / (2 + m.a(x).cos())), a=nn.Linear(D, 4), s=par(4),
+                                         b=nn.Linear(4, C)), road="rule"),
+    Case("class token", lambda: Fn(lambda m, x: m.b(torch.cat([m.t.expand(N, -1, -1), m.a(x)], 1).softmax(2)).sum(1),
+                                   a=nn.Linear(D, 2), t=par(1, 1, 2), b=nn.Linear(2, C)), sequence(2), road="rule"),
+    Case("repeated token", lambda: Fn(lambda m, x: m.b((m.t.repeat(N, 2, 1) + m.a(x)).tanh()).sum(1), a=nn.Linear(D, 2),
+                                      t=par(1, 2), b=nn.Linear(2, C)), sequence(2), road="rule"),
+    Case("positions", lambda: Fn(lambda m, x: m.b((m.a(x) + m.p[None, : x.shape[1]]).tanh()).sum(1), a=nn.Linear(D, 2),
+                                 p=par(4, 2), b=nn.Linear(2, C)), sequence(2), road="rule"),
+    Case("looked-up positions", lambda: Fn(lambda m, x: m.b((m.a(x) + m.p(torch.arange(2)[None])).tanh()).sum(1),
+                                           a=nn.Linear(D, 2), p=nn.Embedding(4, 2), b=nn.Linear(2, C)), sequence(2),
+         road="rule"),
+    Case("PReLU on channels", lambda: nn.Sequential(nn.Conv1d(1, 2, 2), nn.PReLU(2), nn.Flatten(), nn.Linear(4, C)),
+         images(1, 3), road="rule"),
+    Case("weight twice in a sum", lambda: Fn(lambda m, x: (F.linear(x, m.w) + F.linear(x.flip(1), m.w)).tanh(),
+                                             w=par(C, D)), road="rule"),
+    Case("weight in a chain", lambda: Fn(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w), w=par(D, D)),
+         road="rule"),
+    Case("exponential weight", lambda: Fn(lambda m, x: F.linear(x, m.w.exp()).tanh(), w=par(C, D)), road="rule"),
+    Case("low rank", lambda: Fn(lambda m, x: F.linear(x, m.w.detach() + m.u @ m.v).tanh(), w=par(C, D), u=par(C, 1),
+                                v=par(1, D)).requires_grad_(True)),
+]  # fmt: skip
+
+CASES = RULES + FALLBACK + NODES

@@ -178,8 +178,10 @@ def test_demo_help_and_errors(tmp_path: Path) -> None:
     for option in ("--epochs", "--hidden", "--activation", "--batch", "--entries", "--seed", "--out"):
         assert option in shown.stdout
     for bad, said in (
-        (["--hidden", "32,x"], "expected positive widths separated by commas"),
-        (["--hidden", "0"], "expected positive widths separated by commas"),
+        (["--hidden", "32,x"], "expected widths from 1 to 256 separated by commas"),
+        (["--hidden", "300"], "expected widths from 1 to 256 separated by commas"),
+        (["--seed", "99999999999999999999"], "is not in the range"),
+        (["--hidden", "0"], "expected widths from 1 to 256 separated by commas"),
         (["--out", str(tmp_path / "nowhere" / "x.png")], "does not exist"),
         (["--out", str(tmp_path / "x.txt")], "expected a .png"),
         (["--activation", "cosine"], "'cosine' is not one of"),

@@ -35,8 +35,23 @@ STEPS: dict[str, tuple[Callable[[int], dict[str, nn.Module | nn.Parameter]], Ste
     "permute features": (lambda d: {}, lambda m, x, e: x.flip(-1)),
     "mix time": (lambda d: {}, lambda m, x, e: x.cumsum(1)),
     "slices": (lambda d: {}, lambda m, x, e: torch.cat([x[..., 1:], x[..., :1].exp()], -1)),
+    "zero linear": (lambda d: {"f": _zero(nn.Linear(d, d))}, lambda m, x, e: x + m.f(x).sin() * e),
+    "halves": (lambda d: {"f": nn.Linear(d, 2 * d)}, lambda m, x, e: torch.mul(*m.f(x).chunk(2, -1))),
+    "largest": (lambda d: {}, lambda m, x, e: x * e.max(-1, keepdim=True).values),
+    "convolution": (
+        lambda d: {"f": nn.Conv1d(d, d, 3, padding=1)},
+        lambda m, x, e: m.f(x.transpose(1, 2)).transpose(1, 2),
+    ),
+    "positions": (lambda d: {"s": par(4, d)}, lambda m, x, e: (x + m.s[: x.shape[1]]).tanh()),
+    "functional linear": (lambda d: {"s": par(d, d)}, lambda m, x, e: torch.nn.functional.linear(x, m.s.exp())),
+    "product": (lambda d: {"s": par(d, d)}, lambda m, x, e: x @ m.s),
     "in-place slice": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: _write(m.f(x), e)),
 }
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    return layer
 
 
 def _write(h: Tensor, e: Tensor) -> Tensor:
@@ -53,6 +68,7 @@ class Net(nn.Module):
         self.names, self.back = names, back
         self.parts = nn.ModuleList(Fn(STEPS[name][1], **STEPS[name][0](d)) for name in names)
         linears = [m.f for m in self.parts if isinstance(getattr(m, "f", None), nn.Linear)]
+        linears = [f for f in linears if f.in_features == f.out_features]
         if shared and len(linears) > 1:
             linears[-1].weight = linears[0].weight
         self.head = nn.Linear(d, out)
