@@ -80,6 +80,10 @@ class Dense:
     def dense(self) -> Tensor:
         return self.t
 
+    def parted(self) -> bool:
+        """Of unit columns: does each entry receive from one of them only? Then a metric's diagonal is all it needs."""
+        return is_unit(self.t.reshape(*self.t.shape[:2], self.t.shape[2:].numel()))
+
     def quad(self, metric: Tensor) -> Tensor:  # -> [*p]
         V, N = self.t.shape[:2]
         A = self.t[:, :1].reshape(V, 1, -1).expand(V, N, -1) if shared(self.t) else self.t.reshape(V, N, -1)
@@ -117,6 +121,9 @@ class Outer:
         else:
             out = g.transpose(3, 4) @ a
         return self._fold(out).transpose(0, 1)
+
+    def parted(self) -> bool:
+        return self.g.shape[3] == 1 and is_unit(self.g[:, :, :, 0].flatten(2))
 
     def quad(self, metric: Tensor) -> Tensor:  # -> [*p]
         V, N, B, L, o = self.g.shape
@@ -164,6 +171,9 @@ class Lookup:
         out = self.g.new_zeros(self.N * self.rows, V, d)
         out.index_add_(0, self.sample * self.rows + self.row, self.g.transpose(0, 1))
         return out.reshape(self.N, self.rows, V, d).permute(2, 0, 1, 3).reshape(V, self.N, *self.shape)
+
+    def parted(self) -> bool:
+        return False
 
     def quad(self, metric: Tensor) -> Tensor:  # -> [*p]
         V, _, d = self.g.shape

@@ -258,7 +258,7 @@ def by_products(plan: Plan, roads: Roads) -> dict[int, Tensor]:
         first = gradients([plan.top.loss], unique, [None], create_graph=True)
     heads = dict(zip(unique, first, strict=True))
     found: dict[int, Tensor] = {}
-    blocks: dict[Edge, Tensor] = {}
+    blocks: dict[tuple[Edge, bool], Tensor] = {}
     with Progress("hess_diag, FLOPs", sum(roads.cost.values())) as progress:
         for p, edge in zip(chosen, edges, strict=True):
             with second_backward([plan.names[p]]), progress.part(roads.cost[p]):
@@ -276,14 +276,20 @@ def _demand_twice(plan: Plan, p: int) -> None:
 
 
 def _by_product(
-    plan: Plan, road: Road, p: int, edge: Edge, head: Tensor, blocks: dict[Edge, Tensor], progress: Progress
+    plan: Plan,
+    road: Road,
+    p: int,
+    edge: Edge,
+    head: Tensor,
+    blocks: dict[tuple[Edge, bool], Tensor],
+    progress: Progress,
 ) -> Tensor:
     if road == "entries":
         return diagonal(head, edge, tick=progress.fraction)
     layout = plan.layout[edge]
     columns = unit_columns([edge], [layout], head.new_zeros(()))[0]
-    if edge not in blocks:
-        spread = layout.split(columns[:1]).dim() > 3  # several positions share the weight
-        blocks[edge] = block(head, edge, layout, diagonal_only=not spread, tick=progress.fraction)
-    key = plan.uses.of[p][0].key
-    return received(plan.route, plan.uses, key, columns, layout, only=p)[p].quad(blocks[edge])
+    factor = received(plan.route, plan.uses, plan.uses.of[p][0].key, columns, layout, only=p)[p]
+    parted = factor.parted()
+    if (edge, parted) not in blocks:
+        blocks[edge, parted] = block(head, edge, layout, diagonal_only=parted, tick=progress.fraction)
+    return factor.quad(blocks[edge, parted])

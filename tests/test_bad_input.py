@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -405,3 +406,50 @@ def test_parameter_frozen_between() -> None:
     assert not hasattr(model.a.weight, "grad_sample")
     close(model.b.weight.grad_sample.sum(0), model.b.weight.grad, "sum")
     assert torch.equal(model.s.grad_sample, torch.zeros(N, 2))
+
+
+def test_data_parallel_inside() -> None:
+    model = nn.Sequential(nn.Linear(D, 4), nn.DataParallel(nn.Linear(4, C)))
+    with pytest.raises(HookjacError, match=r"layer '1' is nn\.DataParallel"), extend(model, "grad_sample"):
+        model(torch.randn(N, D))
+
+
+def test_a_bare_parameter_is_moved_in_between() -> None:
+    model = Fn(lambda m, x: torch.atan2(x, m.w), w=par(D))
+    with pytest.raises(HookjacError, match="parameter 'w' was moved, cast or given new data"):
+        with extend(model, "grad_sample"):
+            loss = model(torch.randn(N, D)).sum()
+            model.w.data = model.w.data.float()
+            loss.backward()
+
+
+def test_complex_output() -> None:
+    model = Fn(lambda m, x: torch.complex(m.a(x), m.a(x)), a=nn.Linear(D, C))
+    with pytest.raises(HookjacError, match="selected output is complex"), extend(model, "jac"):
+        model(torch.randn(N, D)).abs().sum().backward()
+
+
+def test_output_in_a_dataclass_and_by_attribute() -> None:
+    @dataclasses.dataclass
+    class Out:
+        y: torch.Tensor
+        note: str = "text"
+        later: torch.Tensor = dataclasses.field(init=False)
+
+    model = Fn(lambda m, x: Out(m.a(x)), a=nn.Linear(D, C))
+    for output in (None, "y"):
+        with extend(model, "jac", output=output):
+            model(torch.randn(N, D)).y.sum().backward()
+        assert model.a.weight.jac.shape == (N, C, C, D)
+    with pytest.raises(HookjacError, match="output='z' finds nothing"), extend(model, "jac", output="z"):
+        model(torch.randn(N, D))
+
+
+def test_a_time_first_tensor_in_the_loss() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        m.h = m.a(x.transpose(0, 1)).tanh()
+        return m.b(m.h.sum(0))
+
+    model = Fn(forward, a=nn.Linear(D, 4), b=nn.Linear(4, C))
+    with pytest.raises(HookjacError, match="does not count the 4 samples"), extend(model, "grad_sample"):
+        (model(torch.randn(N, 3, D)).sum() + model.h.square().sum()).backward()

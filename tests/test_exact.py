@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, RULES, Case, random_loss
+from cases import CASES, NODES, RULES, Case, random_loss
 from oracle import close, expected, trainable
 from torch import Tensor, nn
 
@@ -97,6 +97,6 @@ def test_exact_as_functional_code(case: Case) -> None:
 
 
 @pytest.mark.parametrize("road", ["columns", "features", "entries"])
-@pytest.mark.parametrize("case", [c for c in RULES if c.oracle is None], ids=str)
+@pytest.mark.parametrize("case", [c for c in RULES + NODES if c.oracle is None], ids=str)
 def test_roads_of_the_hessian(case: Case, road: str) -> None:
     compare(case, (hookjac.HessDiag(road=road),), seed=3)  # type: ignore[arg-type]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hookjac import HookjacError, Rule, extend, register, rule
-from hookjac.rule import elementwise, linear_map, lookup
+from hookjac.factor import Dense
+from hookjac.rule import NodeRule, elementwise, linear_map, lookup, register_node
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,16 @@ def test_a_patched_instance_is_still_exact() -> None:
     assert ext.explain().to_dict()["2.weight"]["why"].startswith("linear map")  # its node, not its module
     for p in model.parameters():
         assert torch.allclose(p.grad_sample.sum(0), p.grad)
+
+
+def test_a_rule_for_a_node_checks_itself() -> None:
+    good: Any = {"fits": lambda n, k, la: True, "part": lambda n, k, G, la: Dense(G)}
+    with pytest.raises(TypeError, match="must be type names of autograd nodes"):
+        NodeRule(name="x", nodes=("not a name",), slots=(0,), **good)
+    with pytest.raises(ValueError, match="`slots` must name an input"):
+        NodeRule(name="x", nodes=("SinBackward0",), slots=(), **good)
+    with pytest.raises(ValueError, match="MmBackward0 has the rule 'matrix product' already"):
+        register_node(NodeRule(name="x", nodes=("MmBackward0",), slots=(0,), **good))
 
 
 def test_error_is_a_runtime_error() -> None:
