@@ -9,7 +9,7 @@ except through the `Layout` that `factors` is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,13 +128,17 @@ def elementwise(
 _RULES: dict[type[nn.Module], Rule] = {}
 
 
+def _enter(table: dict[Any, Any], names: Mapping[Any, str], rule: Any) -> Any:
+    for key, name in names.items():
+        if key in table:
+            raise ValueError(f"{name} has the rule {table[key].name!r} already")
+    table.update(dict.fromkeys(names, rule))
+    return rule
+
+
 def register(rule: Rule) -> Rule:
     """Add a rule for all to use. A class can have one rule only."""
-    for module in rule.modules:
-        if module in _RULES:
-            raise ValueError(f"{module.__name__} has the rule {_RULES[module].name!r} already")
-    _RULES.update(dict.fromkeys(rule.modules, rule))
-    return rule
+    return _enter(_RULES, {module: module.__name__ for module in rule.modules}, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +173,7 @@ _NODES: dict[str, NodeRule] = {}
 
 def register_node(rule: NodeRule) -> NodeRule:
     """Add a rule for a kind of autograd node. A kind can have one rule only."""
-    for name in rule.nodes:
-        if name in _NODES:
-            raise ValueError(f"{name} has the rule {_NODES[name].name!r} already")
-    _NODES.update(dict.fromkeys(rule.nodes, rule))
-    return rule
+    return _enter(_NODES, {name: name for name in rule.nodes}, rule)
 
 
 def node_rule(node: Node) -> NodeRule | None:
