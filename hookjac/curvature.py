@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
-from hookjac.factor import quad_block
+from hookjac.factor import Factor, quad_block
 from hookjac.graph import Bend, Edge, meta
 from hookjac.loss import hessian, leading_to
 from hookjac.plan import Plan, reachable
 from hookjac.route import Group, Key, Stop
 from hookjac.samples import Layout, random, same
+from hookjac.uses import Use, mixed
 
 _BLOCK = 1 << 27  # entries of one dense block [N, D, D]: a gigabyte in float64
 
@@ -142,6 +143,20 @@ class Bundle:
         self.plan, self.curves, self.active = plan, curves, active
         self.members: list[Group] = [first]
         self._keep = {first} if keep else set()  # another quantity reads these columns further down
+
+    def cross(self, stop: Stop, p: int, use: Use, loss: Group) -> tuple[Group, Factor] | None:
+        """A parameter that this station and others below it use: unit columns of the station's input, to meet there
+        what the parameter and that input have in common here."""
+        (data,) = self.plan.uses.data(self.plan.route, stop.key)
+        (edge, arrived) = next(iter(stop.incoming.items()))
+        like = arrived[loss].new_zeros(())
+        (columns,) = unit_columns([data], [self.plan.layout[data]], like)
+        factor = mixed(self.plan.route, use, arrived[loss][0], columns, self.plan.layout[edge])
+        if factor is None:
+            return None
+        group = Group(f"crossing {use.rule}", columns.shape[0], owner=p)
+        stop.outgoing.setdefault(data, {})[group] = columns
+        return group, factor
 
     def pass_station(self, stop: Stop, loss: Group, *, may_reroot: bool) -> None:
         """Add what this station bends, then drop to fewer columns where that is possible."""

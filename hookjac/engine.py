@@ -38,6 +38,7 @@ class Receipt:
 
     factors: dict[Group, list[Factor]] = field(default_factory=dict)  # of each use
     open: int = 0  # uses that have not reported yet
+    crossings: list[tuple[Group, Factor]] = field(default_factory=list)
 
     def take(self, group: Group, factor: Factor) -> None:
         self.factors.setdefault(group, []).append(factor)
@@ -160,8 +161,12 @@ class Walk:
             (edge,) = stop.incoming
             for group, G in stop.incoming[edge].items():
                 for p, factor in received(plan.route, plan.uses, stop.key, G, plan.layout[edge]).items():
-                    if p in self.receipts:
+                    if p in self.receipts and group.owner in (None, p):
                         self.receipts[p].take(group, factor)
+            if self.bundle is not None and self.roads is not None:
+                for p, use in self.roads.crossings.get(stop.key, ()):
+                    if p in self.roads.going("columns") and (made := self.bundle.cross(stop, p, use, self.loss)):
+                        self.receipts[p].crossings.append(made)
             for p, _ in used:
                 self.receipts[p].open -= 1
                 if not self.receipts[p].open:
@@ -267,9 +272,13 @@ class Walk:
                 direct=self._direct(p),
                 bent=self.bent.get(p),
                 done=products.get(p) if q.columns == "hessian" else None,
+                crossed=[(total(receipt.factors[g]), f) for g, f in receipt.crossings if g in receipt.factors]
+                if q.columns == "hessian"
+                else (),
             )
             self.results[p][q.name] = q.reduce(got).detach()
         receipt.factors.clear()
+        receipt.crossings.clear()
         receipt.open = 0
 
     def _direct(self, p: int) -> Tensor | None:

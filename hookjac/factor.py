@@ -191,6 +191,16 @@ class Lookup:
 Factor = Dense | Outer | Lookup
 
 
+def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
+    """sum over columns and samples of A * B, entry by entry."""
+    if isinstance(A, Lookup) and isinstance(B, Outer) and B.swapped and B.shape is None and B.g.shape[2] == 1:
+        # a table that is a weight as well: only the rows that were looked up meet
+        here = B.a[A.sample, 0].gather(2, A.row.view(-1, 1, 1).expand(-1, B.a.shape[2], 1))[:, :, 0]  # [M, L]
+        met = torch.einsum("ml,vmli->vmi", here, B.g[:, A.sample, 0])
+        return A.g.new_zeros(A.rows, A.g.shape[2]).index_add_(0, A.row, (A.g * met).sum(0)).reshape(A.shape)
+    return (A.dense() * B.dense()).sum((0, 1))
+
+
 def total(found: Sequence[Factor]) -> Factor:
     """All uses of one parameter, summed before anything is squared: cross terms are part of the answer."""
     first, *others = found

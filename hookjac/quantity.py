@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hookjac.factor import Dense, Factor
+from hookjac.factor import Dense, Factor, paired
 
 Wanted = Literal["loss", "output", "ggn", "hessian"]
 Road = Literal["auto", "columns", "features", "entries"]  # how a Hessian diagonal is found; see `curvature`
@@ -26,7 +26,8 @@ class Received:
 
     pieces: for each group of columns the factor and, for curvature, its metric.
     direct: the gradient that reached the parameter through no sample (a penalty); bent: its second derivative's
-    diagonal. done: the result itself, where a road other than columns found it.
+    diagonal. done: the result itself, where a road other than columns found it. crossed: for a parameter whose uses
+    feed each other, pairs whose product, summed over columns and samples, is half of what they add to the diagonal.
     """
 
     param: Tensor
@@ -36,6 +37,7 @@ class Received:
     direct: Tensor | None = None
     bent: Tensor | None = None
     done: Tensor | None = None
+    crossed: Sequence[tuple[Factor, Factor]] = ()
 
     def zeros(self, *lead: int) -> Tensor:
         return torch.zeros((*lead, *self.param.shape), dtype=self.param.dtype, device=self.param.device)
@@ -135,6 +137,8 @@ def _quads(got: Received) -> Tensor:
     for factor, metric in got.pieces:
         assert metric is not None
         out = out + factor.quad(metric)
+    for lower, upper in got.crossed:
+        out = out + 2 * paired(lower, upper)
     out = out if got.bent is None else out + got.bent
     return out.to(got.param.dtype)
 

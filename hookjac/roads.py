@@ -25,7 +25,7 @@ from hookjac.products import block, diagonal, second_backward
 from hookjac.progress import Progress
 from hookjac.quantity import Road
 from hookjac.route import Columns, Group, Key, walk
-from hookjac.uses import Use, received, straight
+from hookjac.uses import Use, can_mix, received, straight
 
 _MEMORY = 1 << 30  # entries of columns alive at once; beyond, products are the only way
 _STATION = 1e5  # FLOPs that the overhead of one call is worth
@@ -38,6 +38,9 @@ class Roads:
 
     road: dict[int, Road] = field(default_factory=dict)  # id of a parameter -> columns, features or entries
     why: dict[int, str] = field(default_factory=dict)
+    crossings: dict[Key, list[tuple[int, Use]]] = field(
+        default_factory=dict
+    )  # uses above another of the same parameter
     curves: dict[Key, list[Edge]] = field(default_factory=dict)
     active: set[Key] = field(default_factory=set)  # stations above parameters that go by columns
     cost: dict[int, float] = field(default_factory=dict)  # FLOPs of each parameter that goes by products
@@ -67,14 +70,14 @@ def choose(plan: Plan, edges: list[Edge], bare: list[str], wish: Road) -> Roads:
     candidates = _settle(plan, roads, candidates, inside)
     if bare:
         _without_columns(plan, roads, candidates, "the loss uses parameters before the model's output")
-        candidates, roads.active, roads.curves = set(), set(), {}
+        candidates, roads.active, roads.curves, roads.crossings = set(), set(), {}, {}
     price = _Prices(plan)
     if candidates:
         roads.columns = _columns_cost(plan, roads, edges, price)
         products = sum(price.product(p, _product_road(plan, p)) for p in candidates)
         if wish == "features" or (wish == "auto" and roads.columns > products):
             _without_columns(plan, roads, candidates, f"{products:.1e} FLOPs; columns {roads.columns:.1e}")
-            roads.active, roads.curves, roads.columns = set(), {}, 0.0
+            roads.active, roads.curves, roads.crossings, roads.columns = set(), {}, {}, 0.0
     roads.cost = {p: price.product(p, r) for p, r in roads.road.items() if r != "columns"}
     return roads
 
@@ -90,11 +93,13 @@ def _candidates(plan: Plan, roads: Roads) -> set[int]:
             roads.road[p], roads.why[p] = "columns", "not reached from the loss: zero"
         elif not all(straight(use) for use in uses):
             roads.by_products([p], "entries", "made into a weight by something that is not linear")
-        elif _feeds_itself(plan, uses):
-            roads.by_products([p], "entries", "one use feeds another: the layer is bilinear in weight and input")
+        elif (feeding := _feeding(plan, uses)) is None or not all(_can_cross(plan, use) for use in feeding):
+            roads.by_products([p], "entries", "one use feeds another, and no rule has their mixed second derivative")
         else:
             found.add(p)
             roads.road[p], roads.why[p] = "columns", "rule"
+            for use in feeding:
+                roads.crossings.setdefault(use.key, []).append((p, use))
     return found
 
 
@@ -107,13 +112,22 @@ def _without_columns(plan: Plan, roads: Roads, params: Collection[int], why: str
         roads.by_products([p], _product_road(plan, p), why)
 
 
-def _feeds_itself(plan: Plan, uses: list[Use]) -> bool:
-    if len(uses) < 2:
-        return False
-    if len({use.key for use in uses}) < len(uses):
-        return True  # two inputs of one station
-    sources = {plan.route.key(e) for use in uses for e in plan.uses.data(plan.route, use.key)}
-    return not reachable(plan.route, sources).isdisjoint(use.key for use in uses)
+def _feeding(plan: Plan, uses: list[Use]) -> list[Use] | None:
+    """The uses whose input depends on another use: there the parameter and the input, bilinear, have a mixed second
+    derivative. None where two inputs of one station are the same parameter."""
+    keys = {use.key for use in uses}
+    if len(keys) < len(uses):
+        return None
+    found = []
+    for use in uses if len(uses) > 1 else []:
+        below = reachable(plan.route, [plan.route.key(e) for e in plan.uses.data(plan.route, use.key)])
+        found += [] if below.isdisjoint(keys) else [use]
+    return found
+
+
+def _can_cross(plan: Plan, use: Use) -> bool:
+    data = plan.uses.data(plan.route, use.key)
+    return can_mix(plan.route, use) and len(data) == 1 and data[0] in plan.layout
 
 
 def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) -> set[int]:
@@ -212,9 +226,8 @@ def _columns_cost(plan: Plan, roads: Roads, edges: list[Edge], price: _Prices) -
             del alive[e]
         total += size * price.station[key] + _STATION
         alive.update({e: 1 for e in plan.uses.data(route, key) if route.key(e) in roads.active})
-        curve = roads.curves.get(key)
-        if curve is not None:
-            size += sum(features(e, N) for e in curve)
+        size += sum(features(e, N) for e in roads.curves.get(key, ()))
+        size += sum(features(e, N) for _ in roads.crossings.get(key, ()) for e in plan.uses.data(route, key))
         D = sum(features(e, N) for e in alive)
         if D and worth_rerooting(size, D, N):
             total += 2.0 * N * min(size, D) * D * D

@@ -32,6 +32,7 @@ class Group:
     name: str
     size: int
     metric: Tensor | None = None
+    owner: int | None = None  # the id of the one parameter that they are for; None: for all
 
 
 Columns = dict[Group, Tensor]  # of one tensor

@@ -68,6 +68,8 @@ class Rule:
     factors: `(call, [V, *out], layout) -> {parameter name: Factor}`.
     fits: may say no to a layout; the layer then goes by autograd's nodes.
     refuses: why a layout cannot be meant (samples along the feature axis, say); None if it can.
+    mixed: `(call, g [*out], X [V, *in], layout) -> {parameter name: Factor}`: the second derivative in a parameter and
+        the input, applied to V tangents X of the input. Needed where a parameter is used again further down.
     bend: `(call, g) -> [*in]`: diagonal of the layer's second derivative under the loss gradient g [*out].
         None means linear in the input.
     constant: the Jacobian is the same for all samples, and `pull` takes any number of them.
@@ -81,6 +83,7 @@ class Rule:
     factors: Callable[[Call, Tensor, Layout], dict[str, Factor]] | None = None
     fits: Callable[[Call, Layout], bool] = field(default=lambda call, layout: True)
     refuses: Callable[[Call, Layout], str | None] = field(default=lambda call, layout: None)
+    mixed: Callable[[Call, Tensor, Tensor, Layout], dict[str, Factor]] | None = None
     bend: Callable[[Call, Tensor], Tensor] | None = None
     constant: bool = False
     claims: Callable[[nn.Module], bool] = _always
@@ -153,6 +156,9 @@ class NodeRule:
     slots: the numbers of the inputs (as in `next_functions`) it speaks for; the node must be linear in each.
     fits: `(node, slot, layout) -> bool`, with the layout of the node's first output.
     part: `(node, slot, G [V, *out], layout) -> Factor` of the operand.
+    mixed: slot -> `(node, slot, g [*out], X [V, *data], layout) -> Factor`: the second derivative in the operand and in
+        the one input that holds data, applied to V tangents X of that input; None where it is zero. Without it, a
+        parameter that is used here and again further down goes by products.
     """
 
     name: str
@@ -160,6 +166,7 @@ class NodeRule:
     slots: tuple[int, ...]
     fits: Callable[[Node, int, Layout], bool]
     part: Callable[[Node, int, Tensor, Layout], Factor]
+    mixed: Mapping[int, Callable[[Node, int, Tensor, Tensor, Layout], Factor] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.nodes or not all(isinstance(n, str) and n.isidentifier() for n in self.nodes):

@@ -111,6 +111,24 @@ def received(
     return found
 
 
+def can_mix(route: Route, use: Use) -> bool:
+    """Is the second derivative in this parameter and the station's input written down?"""
+    call, rule = route.calls.get(use.key), node_rule(use.key)
+    return call.rule.mixed is not None if call is not None else rule is not None and use.slot in rule.mixed
+
+
+def mixed(route: Route, use: Use, g: Tensor, X: Tensor, layout: Layout) -> Factor | None:
+    """That second derivative under the loss gradient g [*out], applied to tangents X [V, *in]; None where zero."""
+    call, rule = route.calls.get(use.key), node_rule(use.key)
+    if call is not None:
+        assert call.rule.mixed is not None
+        return call.rule.mixed(call, g, X, layout).get(str(use.slot))
+    assert rule is not None
+    assert isinstance(use.slot, int)
+    way = rule.mixed[use.slot]
+    return None if way is None else _down(use.chain, way(use.key, use.slot, g, X, layout))
+
+
 def _down(chain: tuple[Edge, ...], factor: Factor) -> Factor:
     """A factor of an operand through the nodes between it and the parameter."""
     for edge in chain:

@@ -56,7 +56,8 @@ def arithmetic(name: str, *nodes: str, slopes: dict[int, Callable[[Node], Tensor
             G = G * slope
         return summed(G, operand(node, slot), layout)
 
-    return NodeRule(name=name, nodes=nodes, slots=tuple(slopes), fits=stretched, part=part)
+    constant = {} if name in ("product", "quotient", "prelu") else dict.fromkeys(slopes)
+    return NodeRule(name=name, nodes=nodes, slots=tuple(slopes), fits=stretched, part=part, mixed=constant)
 
 
 def _other(node: Node) -> Tensor:

@@ -29,6 +29,15 @@ def _linear_factors(call: Call, G: Tensor, layout: Layout) -> dict[str, Factor]:
     return found
 
 
+def _linear_mixed(call: Call, g: Tensor, X: Tensor, layout: Layout) -> dict[str, Factor]:
+    """d²(g·(W x)) / dW dx takes a tangent X of x to g Xᵀ."""
+    if "weight" not in call.params:
+        return {}
+    g = _positions(layout.split(g.unsqueeze(0)))[0]  # [N, L, o]
+    X = _positions(layout.split(X))  # [V, N, L, i]
+    return {"weight": Outer(X.unsqueeze(2), g.unsqueeze(1), swapped=True)}
+
+
 def _features_as_samples(call: Call, layout: Layout) -> str | None:
     if layout.axis < call.x.dim() - 1 or layout.N == 1:
         return None
@@ -44,6 +53,7 @@ register(
         factors=_linear_factors,
         fits=lambda call, layout: layout.axis < call.x.dim() - 1,
         refuses=_features_as_samples,
+        mixed=_linear_mixed,
         constant=True,
     )
 )
@@ -82,6 +92,11 @@ def _addmm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
     return _product(_columns(G, layout), _columns(node._saved_mat2.unsqueeze(0), layout)[0], scale, swapped=False)
 
 
+def _mm_mixed(node: Node, slot: int, g: Tensor, X: Tensor, layout: Layout) -> Factor:
+    """Samples among the rows, so that `right` [k, c] is the operand: it gets Xᵀ g."""
+    return _product(_rows(X, layout), _rows(g.unsqueeze(0), layout)[0], getattr(node, "_saved_alpha", 1), swapped=False)
+
+
 def _addmm_fits(node: Node, slot: int, layout: Layout) -> bool:
     return stretched(node, 0, layout) if slot == 0 else layout.axis == (0 if slot == 2 else 1)
 
@@ -109,9 +124,20 @@ def _mm_fits(node: Node, slot: int, layout: Layout) -> bool:
     return layout.axis == (0 if slot == 1 else 1)
 
 
-register_node(NodeRule(name="matrix product", nodes=("MmBackward0",), slots=(0, 1), fits=_mm_fits, part=_mm_part))
 register_node(
-    NodeRule(name="linear map", nodes=("AddmmBackward0",), slots=(0, 1, 2), fits=_addmm_fits, part=_addmm_part)
+    NodeRule(
+        name="matrix product", nodes=("MmBackward0",), slots=(0, 1), fits=_mm_fits, part=_mm_part, mixed={1: _mm_mixed}
+    )
+)
+register_node(
+    NodeRule(
+        name="linear map",
+        nodes=("AddmmBackward0",),
+        slots=(0, 1, 2),
+        fits=_addmm_fits,
+        part=_addmm_part,
+        mixed={0: None, 2: _mm_mixed},
+    )
 )
 register_node(
     NodeRule(
