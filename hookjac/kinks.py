@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hookjac.graph import Edge, fenced, gradients, meta
 from hookjac.route import Key, Route
-from hookjac.samples import Layout, random, scaled, scales
+from hookjac.samples import Layout, random, scaled
 
 # entry by entry, with a kink
 _BENT = (
@@ -55,7 +55,7 @@ def _owners(edge: Edge, frontier: Sequence[Edge], N: int, rounding: float) -> Te
     v = random(shape, 5, device, dtype).requires_grad_()
     with torch.enable_grad(), fenced(frontier):
         pulled = gradients([edge], frontier, [v], create_graph=True)
-        factors = scales(N, device, dtype)
+        factors = 1 + torch.arange(N, device=device, dtype=dtype) / N  # all different: they name the sample
         w = [random(t.shape, 17, t.device, t.dtype) for t in pulled]
         pushed = []
         for tangents in (w, [scaled(t, factors.to(t.dtype), Layout(N)) for t in w]):
@@ -66,13 +66,10 @@ def _owners(edge: Edge, frontier: Sequence[Edge], N: int, rounding: float) -> Te
             pushed.append(grads[0] if grads else torch.zeros_like(v))
     told = pushed[0] != 0
     ratio = torch.where(told, pushed[1] / pushed[0], factors[0])
-    ranked, order = factors.sort()
-    place = torch.searchsorted(ranked, ratio.detach()).clamp(1, max(1, N - 1))
-    lower = (ratio - ranked[place - 1]).abs() < (ratio - ranked[place]).abs()
-    place = torch.where(lower, place - 1, place)
-    if bool(((ratio - ranked[place]).abs() > max(rounding, 1e-6)).any()):
+    owner = ((ratio.detach() - 1) * N).round().clamp(0, N - 1).long()
+    if bool(((ratio - factors[owner]).abs() > max(rounding, 1e-6)).any()):
         return None
-    return torch.where(told, order[place], -1)
+    return torch.where(told, owner, -1)
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:

@@ -232,20 +232,20 @@ def _probe(
     unfit: set[Edge] = set()
     if N == 0:
         return {e: Layout(0) for key in route.order for e in route.outs[key] if e.shape[:1] == (0,)}, unfit
-    group = Group("probe", 2)
+    plain, times = Group("probe", 1, alone=True), Group("scaled probe", 1, alone=True)
     seeds: dict[Edge, Columns] = {}
     for edge in starts:
         shape, dtype, device = meta(edge)
         u = random(shape, len(seeds), device, dtype)
-        seeds[edge] = {group: torch.stack([u, scaled(u, scales(N, device, dtype), Layout(N))])}
+        seeds[edge] = {plain: u[None], times: scaled(u, scales(N, device, dtype), Layout(N))[None]}
     starting = {route.key(edge) for edge in starts}
     consumers = _consumers(route, needed | starting)
     for stop in walk(route, seeds, needed | starting):
-        _calm(stop)
+        _calm(stop, plain)
         for edge, columns in stop.incoming.items():
             if edge.leaf is not None:
                 continue
-            u, su = columns[group]
+            u, su = columns[plain][0], columns[times][0]
             factors = scales(N, u.device, u.dtype)
             if edge in known:
                 if not agree(su, scaled(u, factors, known[edge]), route.rounding):
@@ -283,13 +283,13 @@ def _consumers(route: Route, keys: Collection[Key]) -> dict[Edge, list[Key]]:
     return found
 
 
-def _calm(stop: Stop) -> None:
-    """Keep the probe's size: in a deep net it would vanish or overflow. Both columns shrink alike."""
+def _calm(stop: Stop, plain: Group) -> None:
+    """Keep the probe's size: in a deep net it would vanish or overflow. Both columns shrink by one power of two."""
     for columns in stop.outgoing.values():
-        for group, t in columns.items():
-            top = t.abs().max() if t.numel() else t.new_zeros(())
-            if 0 < top < 1e-3 or 1e3 < top < math.inf:
-                columns[group] = t / top
+        top = columns[plain].abs().max() if columns[plain].numel() else columns[plain].new_zeros(())
+        if 0 < top < 1e-3 or 1e3 < top < math.inf:
+            for group, t in columns.items():
+                columns[group] = t * torch.exp2(-top.log2().round())
 
 
 def _inherited(route: Route, u: Tensor, consumers: Collection[Key], layout: Mapping[Edge, Layout]) -> Layout | None:

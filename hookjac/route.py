@@ -32,6 +32,7 @@ class Group:
     name: str
     size: int
     metric: Tensor | None = None
+    alone: bool = False  # never batched with others: same shapes, same kernels, same rounding
     owner: int | None = None  # the id of the one parameter that they are for; None: for all
 
 
@@ -207,6 +208,19 @@ class Route:
             assert after[0] is not None
             return {after[0]: {group: _pull_call(call, G) for group, G in columns.items()}}
         groups = list(dict.fromkeys(group for columns in incoming.values() for group in columns))
+        for together in [g for g in groups if not g.alone], *([g] for g in groups if g.alone):
+            if together:
+                self._pull(key, incoming, together, after, outgoing)
+        return outgoing
+
+    def _pull(
+        self,
+        key: Key,
+        incoming: dict[Edge, Columns],
+        groups: list[Group],
+        after: list[Edge | None],
+        outgoing: dict[Edge, Columns],
+    ) -> None:
         joined: dict[int, Tensor] = {}
         for edge, columns in incoming.items():
             parts = [columns[g] if g in columns else _nothing(edge, g.size) for g in groups]
@@ -217,7 +231,6 @@ class Route:
                 continue
             for group, part in zip(groups, t.split([g.size for g in groups]), strict=True):
                 accumulate(outgoing.setdefault(below, {}), group, part)
-        return outgoing
 
 
 def _at(call: Call, edge: Edge) -> Call:

@@ -2,7 +2,7 @@
 
 A model may move its batch axis about: transpose it behind time, merge it with heads, flatten it into rows.
 Nothing is assumed about that. Two columns travel through the graph once: u, random, and u with the n-th sample
-multiplied by its own factor s_n. Wherever the second is the first with one axis scaled by s, that axis holds
+multiplied by a factor s_n. Wherever the second is the first with one axis scaled by s, that axis holds
 the samples and they do not interact above that tensor; where no axis fits, they do.
 
 V columns · N samples.
@@ -63,9 +63,13 @@ class Layout:
 
 
 def scales(N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A factor for each sample, different as far as the type allows, in a random but repeatable order."""
+    """A factor for each sample, in a random but repeatable order: powers of two, so that scaling rounds nothing.
+
+    What a sample's columns cancel down to, noise included, is then scaled exactly as long as no other sample meets
+    it. Up to eight samples have factors of their own.
+    """
     order = torch.randperm(N, generator=torch.Generator("cpu").manual_seed(20_113), device="cpu")
-    return (1 + order.to(torch.float64) / max(N, 1)).to(device=device, dtype=dtype)
+    return torch.exp2((order % 8).to(torch.float64)).to(device=device, dtype=dtype)
 
 
 def random(shape: Iterable[int], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
