@@ -165,6 +165,7 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
             return candidates
         roads.by_products(lost, "entries", "below a curved step in which samples cannot be told apart")
         candidates = candidates - lost
+    roads.active, roads.curves = set(), {}
     return candidates
 
 

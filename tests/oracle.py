@@ -40,6 +40,8 @@ def expected(
     run: Callable[[], Tensor],
     loss_of: Callable[[Tensor], Tensor],
     penalty: Callable[[], Tensor] | None = None,
+    *,
+    hessian: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """All four quantities by loops: parameter name -> quantity -> value. The loss is loss_of(run()) + penalty()."""
     with sdpa_kernel(SDPBackend.MATH):
@@ -64,8 +66,7 @@ def expected(
         ggn = torch.zeros_like(p).detach()
         for n in range(N):
             for c in range(rest.numel()):
-                for d in range(rest.numel()):
-                    ggn += H[n, c, d] * rows[n, c] * rows[n, d]
+                ggn += torch.tensordot(H[n, c], rows[n], 1) * rows[n, c]
         if penalty is not None:
             per_sample = per_sample + grad(penalty(), p).detach() / N
             ggn = ggn + hessian_diagonal(penalty(), p)
@@ -73,7 +74,7 @@ def expected(
             "grad_sample": per_sample,
             "jac": J,
             "ggn_diag": ggn,
-            "hess_diag": hessian_diagonal(loss, p),
+            "hess_diag": hessian_diagonal(loss, p) if hessian else torch.zeros(0),
             "grad": grad(loss, p).detach(),
         }
     return found

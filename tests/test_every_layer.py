@@ -1,0 +1,40 @@
+"""Every module of torch.nn against loops, and none forgotten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import random_loss
+from every_layer import CONTAINERS, LAYERS, LOSSES, REFUSED, WITHOUT_LOOPS, Row
+from oracle import close, expected, trainable
+from torch import nn
+
+from hookjac import extend
+
+ROWS = [pytest.param(row, id=f"{name}-{k}") for name, rows in LAYERS.items() for k, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_exact(row: Row) -> None:
+    torch.manual_seed(3)
+    model, args = row.build(), row.inputs()
+    with torch.no_grad():
+        model(*args)  # lazy modules take shape
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(4)
+        return model(*args)  # type: ignore[no-any-return]
+
+    asked = ("grad_sample", "jac", "ggn_diag") + (("hess_diag",) if row.hessian else ())
+    wanted = expected(model, run, random_loss, hessian=row.hessian)
+    with extend(model, *asked):
+        random_loss(run()).backward()
+    for name, p in trainable(model).items():
+        for q in asked:
+            close(getattr(p, q), wanted[name][q], (name, q))
+
+
+def test_none_is_forgotten() -> None:
+    known = {*LAYERS, *CONTAINERS, *REFUSED, *WITHOUT_LOOPS, *LOSSES}
+    found = {n for n in dir(nn) if isinstance(getattr(nn, n), type) and issubclass(getattr(nn, n), nn.Module)}
+    assert found == known, "torch.nn gained (or lost) a module: add its row, or say why there is none"
