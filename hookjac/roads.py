@@ -91,7 +91,7 @@ def _candidates(plan: Plan, roads: Roads) -> set[int]:
             roads.by_products([p], "entries", "used where no rule explains it: one product for each entry")
         elif not uses:
             roads.road[p], roads.why[p] = "columns", "not reached from the loss: zero"
-        elif not all(straight(use) for use in uses):
+        elif not all(straight(plan.route, use) for use in uses):
             roads.by_products([p], "entries", "made into a weight by something that is not linear")
         elif (feeding := _feeding(plan, uses)) is None or not all(_can_cross(plan, use) for use in feeding):
             roads.by_products([p], "entries", "one use feeds another, and no rule has their mixed second derivative")
@@ -104,7 +104,8 @@ def _candidates(plan: Plan, roads: Roads) -> set[int]:
 
 
 def _product_road(plan: Plan, p: int) -> Road:
-    return "features" if len(plan.uses.of.get(p, [])) == 1 else "entries"
+    uses = plan.uses.of.get(p, [])
+    return "features" if len(uses) == 1 and straight(plan.route, uses[0]) else "entries"
 
 
 def _without_columns(plan: Plan, roads: Roads, params: Collection[int], why: str) -> None:

@@ -72,6 +72,8 @@ class Rule:
         the input, applied to V tangents X of the input. Needed where a parameter is used again further down.
     bend: `(call, g) -> [*in]`: diagonal of the layer's second derivative under the loss gradient g [*out].
         None means linear in the input.
+    linear: the layer is linear in its parameters (their product with the input may not be); if not, their Hessian goes
+        by products.
     constant: the Jacobian is the same for all samples, and `pull` takes any number of them.
     claims: may say no to a module (an option that the formula does not cover).
     """
@@ -85,6 +87,7 @@ class Rule:
     refuses: Callable[[Call, Layout], str | None] = field(default=lambda call, layout: None)
     mixed: Callable[[Call, Tensor, Tensor, Layout], dict[str, Factor]] | None = None
     bend: Callable[[Call, Tensor], Tensor] | None = None
+    linear: bool = True
     constant: bool = False
     claims: Callable[[nn.Module], bool] = _always
 

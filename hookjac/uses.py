@@ -155,8 +155,11 @@ def _turns(node: Node) -> bool:
     return name == "PermuteBackward0" and [d % 2 for d in node._saved_dims] == [1, 0] and len(node._saved_dims) == 2
 
 
-def straight(use: Use) -> bool:
-    """Is everything between the operand and the parameter linear? Then columns alone carry its curvature."""
+def straight(route: Route, use: Use) -> bool:
+    """Is the way from the parameter to this station's output linear in it? Then columns alone carry its curvature."""
+    call = route.calls.get(use.key)
+    if call is not None and not call.rule.linear:
+        return False
     for edge in use.chain:
         shape, dtype, device = meta(edge)
         below = [e for e in children(edge.node) if e is not None]

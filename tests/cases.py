@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
+from hookjac.testing import random_loss as random_loss
+
 N, D, C = 4, 5, 3
 
 Loss = Callable[[Tensor], Tensor]
@@ -33,13 +35,6 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
-
-
-def random_loss(output: Tensor) -> Tensor:
-    """Twice differentiable, a sum over samples, curved, different for every entry."""
-    generator = torch.Generator().manual_seed(5)
-    w = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    return (w * output).sum() + 0.3 * ((output - w).square() * (1 + w.square())).mean() + 0.1 * (output.sin() * w).sum()
 
 
 def mlp(act: Callable[[], nn.Module], *, bias: bool = True) -> nn.Module:

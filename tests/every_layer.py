@@ -245,7 +245,7 @@ for d in (1, 2, 3):
 CONTAINERS = ("Container", "Module", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "RNNBase",
               "RNNCellBase", "Sequential")  # fmt: skip
 WITHOUT_LOOPS = {
-    "CrossMapLRN2d": "its backward in PyTorch is not the derivative of its forward (seen on torch 2.13), nor allows a graph",
+    "CrossMapLRN2d": "its backward in PyTorch is not its forward's derivative (seen on torch 2.13), and takes no graph",
 }
 REFUSED = {
     "DataParallel": "runs copies of the model; results would land on the copies",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import random_loss
 from every_layer import CONTAINERS, LAYERS, LOSSES, REFUSED, WITHOUT_LOOPS, Row
+from layer_table import PAGE, page
 from oracle import close, expected, trainable
 from torch import nn
 
@@ -38,3 +39,7 @@ def test_none_is_forgotten() -> None:
     known = {*LAYERS, *CONTAINERS, *REFUSED, *WITHOUT_LOOPS, *LOSSES}
     found = {n for n in dir(nn) if isinstance(getattr(nn, n), type) and issubclass(getattr(nn, n), nn.Module)}
     assert found == known, "torch.nn gained (or lost) a module: add its row, or say why there is none"
+
+
+def test_the_page_says_what_is_so() -> None:
+    assert PAGE.read_text() == page(), "run: python tests/layer_table.py"

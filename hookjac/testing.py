@@ -1,0 +1,183 @@
+"""Plain loops that everything here must equal, and `check_rule`, which holds a layer of yours to them.
+
+No vmap anywhere: one backward for each entry of an output, one for each entry of a parameter.
+
+N samples · C entries of one sample's output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hookjac.extend import extend
+from hookjac.samples import random
+
+
+def grad(output: Tensor, inputs: Tensor, seed: Tensor | None = None) -> Tensor:
+    """d <seed, output> / d inputs, zeros where there is no path."""
+    if not output.requires_grad:
+        return torch.zeros_like(inputs)
+    (found,) = torch.autograd.grad(output, inputs, seed, retain_graph=True, create_graph=True, allow_unused=True)
+    return torch.zeros_like(inputs) if found is None else found
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def jacobian(output: Tensor, p: Tensor) -> Tensor:  # [N, *out, *p]
+    rows = [grad(entry, p).detach() for entry in output.reshape(-1)]
+    return torch.stack(rows).reshape(*output.shape, *p.shape) if rows else p.new_zeros(*output.shape, *p.shape)
+
+
+def hessian_diagonal(loss: Tensor, p: Tensor) -> Tensor:  # [*p]
+    first = grad(loss, p).reshape(-1)
+    entries = [grad(first[k], p).reshape(-1)[k].detach() for k in range(first.numel())]
+    return torch.stack(entries).reshape(p.shape) if entries else torch.zeros_like(p)
+
+
+def loops(
+    model: nn.Module,
+    run: Callable[[], Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    penalty: Callable[[], Tensor] | None = None,
+    *,
+    hessian: bool = True,
+) -> dict[str, dict[str, Tensor]]:
+    """All four quantities by loops: parameter name -> quantity -> value. The loss is loss_of(run()) + penalty().
+
+    hessian: False where PyTorch has no second derivative. Cost: a backward for each output entry and, for the Hessian,
+    for each parameter entry.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        output = run()
+    N, rest = output.shape[0], output.shape[1:]
+    free = output.detach().requires_grad_()
+    slope = grad(loss_of(free), free)  # dL/d output
+    H = torch.stack(
+        [torch.stack([grad(s, free)[n].detach().reshape(-1) for s in slope[n].reshape(-1)]) for n in range(N)]
+    )  # [N, C, C]
+    loss = loss_of(output) + (penalty() if penalty else 0.0)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, p in trainable(model).items():
+        J = jacobian(output, p)
+        rows = J.reshape(N, rest.numel(), *p.shape)
+        per_sample = torch.stack(
+            [
+                sum((g * r for g, r in zip(slope[n].detach().reshape(-1), rows[n], strict=True)), torch.zeros_like(p))
+                for n in range(N)
+            ]
+        ).detach()
+        ggn = torch.zeros_like(p).detach()
+        for n in range(N):
+            for c in range(rest.numel()):
+                ggn += torch.tensordot(H[n, c], rows[n], 1) * rows[n, c]
+        if penalty is not None:
+            per_sample = per_sample + grad(penalty(), p).detach() / N
+            ggn = ggn + hessian_diagonal(penalty(), p)
+        found[name] = {
+            "grad_sample": per_sample,
+            "jac": J,
+            "ggn_diag": ggn,
+            "hess_diag": hessian_diagonal(loss, p) if hessian else torch.zeros(0),
+            "grad": grad(loss, p).detach(),
+        }
+    return found
+
+
+def random_loss(output: Tensor) -> Tensor:
+    """Twice differentiable, a sum over samples, curved, different for every entry."""
+    w = random(output.shape, 5, output.device, output.dtype)
+    return (w * output).sum() + 0.3 * ((output - w).square() * (1 + w.square())).mean() + 0.1 * (output.sin() * w).sum()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One result of one parameter: how it was found, and its largest error relative to the largest entry."""
+
+    parameter: str
+    quantity: str
+    road: str
+    why: str
+    error: float
+    fine: bool
+
+
+class Report:
+    """What `check_rule` returns: rows, printable."""
+
+    def __init__(self, rows: list[Checked]) -> None:
+        self.rows = rows
+
+    @property
+    def fine(self) -> bool:
+        """Does every result equal the loops?"""
+        return all(row.fine for row in self.rows)
+
+    def __str__(self) -> str:
+        table = [("parameter", "quantity", "road", "error", "", "why")]
+        table += [(r.parameter, r.quantity, r.road, f"{r.error:.0e}", "ok" if r.fine else "WRONG", r.why)
+                  for r in self.rows]  # fmt: skip
+        widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+    __repr__ = __str__
+
+
+def check_rule(
+    module: nn.Module,
+    *inputs: Any,
+    loss: Callable[[Tensor], Tensor] = random_loss,
+    hessian: bool = True,
+    rtol: float = 1e-9,
+) -> Report:
+    """Hold a layer, or any small model, to loops in float64: first order, Jacobian, GGN and Hessian diagonals.
+
+    A copy of the module is cast to float64, and so are floating inputs [N, ...]; it is run as it is, for one sample
+    and for all of them. The output's first axis must count the samples. Returns a `Report`; raises AssertionError
+    with that report if a result is off by more than `rtol` of its largest entry.
+
+    Cost: a backward for each entry of the output and of the parameters: take it small. hessian: False where PyTorch
+    has no second derivative.
+    """
+    model = copy.deepcopy(module).double()
+    given = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
+    rows: list[Checked] = []
+    for args in (given, [t[:1] if isinstance(t, Tensor) else t for t in given]):
+        rows += _check(model, args, loss, hessian, rtol)
+    report = Report(rows)
+    if not report.fine:
+        raise AssertionError(f"{type(module).__name__} disagrees with plain autograd loops\n{report}")
+    return report
+
+
+def _check(
+    model: nn.Module, args: list[Any], loss: Callable[[Tensor], Tensor], hessian: bool, rtol: float
+) -> list[Checked]:
+    state = torch.get_rng_state()
+
+    def run() -> Tensor:
+        torch.set_rng_state(state)  # dropout draws the same mask each time
+        return model(*args)  # type: ignore[no-any-return]
+
+    asked = ("grad_sample", "jac", "ggn_diag", *(("hess_diag",) if hessian else ()))
+    wanted = loops(model, run, loss, hessian=hessian)
+    with extend(model, *asked) as ext:
+        loss(run()).backward()
+    told, rows = ext.explain().to_dict(), []
+    for name, p in trainable(model).items():
+        for q in asked:
+            found, right = getattr(p, q), wanted[name][q]
+            top = right.abs().max().item() if right.numel() else 0.0
+            off = (found - right).abs().max().item() if right.numel() else 0.0
+            road = told[name]["hessian"] if q == "hess_diag" else told[name]["road"]
+            error = off / top if top else off
+            rows.append(Checked(name, q, road, told[name]["why"], error, off <= rtol * top + 1e-13))
+    return rows
