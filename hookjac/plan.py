@@ -17,6 +17,7 @@ from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, meta
 from hookjac.loss import Top, top
 from hookjac.route import Columns, Group, Key, Route, Stop, walk
+from hookjac.rule import Call, node_rule
 from hookjac.samples import Layout, agree, find, random, scaled, scales
 from hookjac.tape import Tape, mixing_batchnorm
 from hookjac.uses import Uses, find_uses
@@ -262,15 +263,22 @@ def _probe(
                 raise mixing_batchnorm(f"a functional batch norm ({type(norm).__name__})")
             call = route.calls.get(stop.key)
             serves = call is not None and any(id(p) in names for p in call.params.values())
-            if serves and call and edge in layout and (why := call.rule.refuses(call, layout[edge])):
+            if edge in layout and (why := _refusal(stop.key, call if serves else None, layout[edge])):
                 raise HookjacError(
-                    f"the first axis of the model's output does not count samples: at layer {call.name!r} (input "
-                    f"{tuple(call.x.shape)}) {why}. The output must have the batch first; add it with unsqueeze(0) for "
-                    "a single sample."
+                    f"the first axis of the model's output does not count samples: {why}. The output must have the "
+                    "batch first; add it with unsqueeze(0) for a single sample."
                 )
             if serves and call and not (edge in layout and call.rule.fits(call, layout[edge])):
                 unfit.add(edge)
     return layout, unfit
+
+
+def _refusal(key: Key, call: Call | None, layout: Layout) -> str | None:
+    if call is not None:
+        why = call.rule.refuses(call, layout)
+        return why and f"at layer {call.name!r} (input {tuple(call.x.shape)}) {why}"
+    rule = node_rule(key)
+    return None if rule is None else rule.refuses(key, layout)
 
 
 def _consumers(route: Route, keys: Collection[Key]) -> dict[Edge, list[Key]]:

@@ -82,7 +82,8 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum") -> Quantity:
         out = _own(got.pieces[0][0])[0] if got.pieces else got.zeros(got.N)
         if got.direct is not None:
             out = out + got.direct / got.N
-        return (out * got.N if loss_reduction == "mean" else out).contiguous()
+        out = out * got.N if loss_reduction == "mean" else out
+        return out.to(got.param.dtype).contiguous()  # autocast works in another
 
     return Quantity(name="grad_sample", columns="loss", reduce=reduce)
 
@@ -97,7 +98,7 @@ def Jac() -> Quantity:
         if not got.pieces:
             return got.zeros(got.N, *got.out_shape)
         t = _own(got.pieces[0][0]).transpose(0, 1)
-        return t.reshape(got.N, *got.out_shape, *got.param.shape).contiguous()
+        return t.reshape(got.N, *got.out_shape, *got.param.shape).to(got.param.dtype).contiguous()
 
     return Quantity(name="jac", columns="output", reduce=reduce)
 

@@ -159,6 +159,7 @@ class NodeRule:
     slots: the numbers of the inputs (as in `next_functions`) it speaks for; the node must be linear in each.
     fits: `(node, slot, layout) -> bool`, with the layout of the node's first output.
     part: `(node, slot, G [V, *out], layout) -> Factor` of the operand.
+    refuses: why a layout cannot be meant; None if it can.
     mixed: slot -> `(node, slot, g [*out], X [V, *data], layout) -> Factor`: the second derivative in the operand and in
         the one input that holds data, applied to V tangents X of that input; None where it is zero. Without it, a
         parameter that is used here and again further down goes by products.
@@ -169,6 +170,7 @@ class NodeRule:
     slots: tuple[int, ...]
     fits: Callable[[Node, int, Layout], bool]
     part: Callable[[Node, int, Tensor, Layout], Factor]
+    refuses: Callable[[Node, Layout], str | None] = field(default=lambda node, layout: None)
     mixed: Mapping[int, Callable[[Node, int, Tensor, Tensor, Layout], Factor] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

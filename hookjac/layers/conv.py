@@ -59,6 +59,12 @@ def _part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, 
     return Outer(_apart(g, V, layout), _apart(a, 1, layout)[0], weight, swapped=node._saved_transposed)
 
 
+def _channels_as_samples(node: Node, layout: Layout) -> str | None:
+    if layout.axis != 1 or layout.N == 1 or node._saved_groups > 1:
+        return None
+    return f"the {layout.N} output channels of a convolution would be the samples (was it given one image, unbatched?)"
+
+
 register_node(
     NodeRule(
         name="convolution",
@@ -66,5 +72,6 @@ register_node(
         slots=(1, 2),
         fits=lambda node, slot, layout: layout.axis == 0,
         part=_part,
+        refuses=_channels_as_samples,
     )
 )

@@ -149,3 +149,22 @@ register_node(
         name="product with a vector", nodes=("MvBackward0",), slots=(1,), fits=lambda n, k, la: True, part=_mv_part
     )
 )
+
+
+def _trilinear_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    """nn.Bilinear: out [r, o] = sum_ab x[r, a] w[o, a, b] y[r, b], samples among the rows."""
+    x, y = node._saved_i1.detach(), node._saved_i3.detach()
+    both = (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1)  # [rows, a b]
+    a = _rows(both.unsqueeze(0), layout)[0]
+    return Outer(_rows(G, layout).unsqueeze(2), a.unsqueeze(1), operand(node, 1))
+
+
+def _bilinear_form(node: Node, slot: int, layout: Layout) -> bool:
+    """As nn.Bilinear calls it, not another contraction of three tensors."""
+    sums = (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)
+    return layout.axis == 0 and [tuple(s) for s in sums] == [(1, 3), (0,), (1, 2), (2, 3)]
+
+
+register_node(
+    NodeRule(name="bilinear form", nodes=("TrilinearBackward0",), slots=(1,), fits=_bilinear_form, part=_trilinear_part)
+)

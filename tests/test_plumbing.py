@@ -1,0 +1,120 @@
+"""Precisions, memory formats, checkpoints: what models are wrapped in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import C, D, Fn, N, random_loss
+from oracle import close, expected, trainable
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from hookjac import HookjacError, extend
+
+ALL = ("grad_sample", "jac", "ggn_diag", "hess_diag")
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.GroupNorm(1, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, C))
+
+
+def attentive() -> nn.Module:
+    parts = {"t": nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True), "o": nn.Linear(4, C)}
+    return Fn(lambda m, x: m.o(m.t(x).mean(1)), **parts)
+
+
+def recurrent() -> nn.Module:
+    return Fn(lambda m, x: m.o(m.r(x)[0][:, -1]), r=nn.LSTM(4, 3, batch_first=True), o=nn.Linear(3, C))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dense": (lambda: nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C)), (D,)),
+    "convolutional": (convolutional, (2, 3, 3)),
+    "attentive": (attentive, (3, 4)),
+    "recurrent": (recurrent, (3, 4)),
+}
+
+
+def compared(model: nn.Module, x: Tensor, context: Callable[[], Any], tolerance: float) -> None:
+    """Against the same model in float64, to what the lower precision allows."""
+    reference = copy.deepcopy(model).double()
+    wanted = expected(reference, lambda: reference(x.double()), random_loss)
+    with extend(model, *ALL):
+        with context():
+            loss = random_loss(model(x).float())
+        loss.backward()
+    for name, p in trainable(model).items():
+        for q in ALL:
+            found, right = getattr(p, q), wanted[name][q]
+            assert found.dtype == p.dtype
+            floor = max(wanted[other][q].abs().max().item() for other in wanted) * tolerance
+            assert (found.double() - right).abs().max() <= tolerance * right.abs().max() + floor, (name, q)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_to_bfloat16(name: str) -> None:
+    build, shape = MODELS[name]
+    compared(build().float(), torch.randn(N, *shape, dtype=torch.float32),
+             lambda: torch.autocast("cpu", torch.bfloat16), 0.06)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float32, 1e-4)])
+def test_low_precision_models(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    build, shape = MODELS[name]
+    compared(build().to(dtype), torch.randn(N, *shape, dtype=dtype), lambda: torch.enable_grad(), tolerance)
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_channels_last(module: bool) -> None:
+    model, x = convolutional(), torch.randn(N, 2, 3, 3)
+    wanted = expected(model, lambda: model(x), random_loss)
+    if module:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with extend(model, *ALL):
+        random_loss(model(x.to(memory_format=torch.channels_last))).backward()
+    for name, p in trainable(model).items():
+        for q in ALL:
+            close(getattr(p, q), wanted[name][q], (name, q))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints(name: str, reentrant: bool) -> None:
+    build, shape = MODELS[name]
+    body = build()
+    head = nn.Linear(C, C)
+    model = Fn(lambda m, x: m.head(checkpoint(m.body, x * m.one, use_reentrant=reentrant).tanh()), body=body, head=head)
+    plain = Fn(lambda m, x: m.head(m.body(x * m.one).tanh()), body=body, head=head)
+    model.one = plain.one = nn.Parameter(torch.ones(1))
+    x = torch.randn(N, *shape)
+    wanted = expected(plain, lambda: plain(x), random_loss)
+    with extend(model, *ALL):
+        random_loss(model(x)).backward()
+    for key, p in trainable(model).items():
+        for q in ALL:
+            close(getattr(p, q), wanted[key][q], (key, q))
+
+
+def test_checkpointed_sequence() -> None:
+    body = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)])
+    model = Fn(lambda m, x: checkpoint_sequential(m.body, 2, m.a(x), use_reentrant=False), a=nn.Linear(D, 4), body=body)
+    plain = Fn(lambda m, x: m.body(m.a(x)), a=model.a, body=body)
+    x = torch.randn(N, D)
+    wanted = expected(plain, lambda: plain(x), random_loss)
+    with extend(model, *ALL):
+        random_loss(model(x)).backward()
+    for key, p in trainable(model).items():
+        for q in ALL:
+            close(getattr(p, q), wanted[key][q], (key, q))
+
+
+def test_one_unbatched_image_is_refused() -> None:
+    model = nn.Conv2d(2, 3, 2)
+    with pytest.raises(HookjacError, match=r"3 output channels .* unbatched"), extend(model, "grad_sample"):
+        F.silu(model(torch.randn(2, 3, 3))).sum().backward()
