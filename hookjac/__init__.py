@@ -9,7 +9,7 @@ from hookjac import layers as layers
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.quantity import GGNDiag, GradSample, HessDiag, Jac, Quantity
-from hookjac.rule import Rule, register
+from hookjac.rule import NodeRule, Rule, register
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "HessDiag",
     "HookjacError",
     "Jac",
+    "NodeRule",
     "Quantity",
     "Rule",
     "extend",

@@ -131,22 +131,6 @@ def elementwise(
     return Rule(name=name, modules=modules, pull=pull, bend=bend if d2 else None, claims=inplace_or_other)
 
 
-_RULES: dict[type[nn.Module], Rule] = {}
-
-
-def _enter(table: dict[Any, Any], names: Mapping[Any, str], rule: Any) -> Any:
-    for key, name in names.items():
-        if key in table:
-            raise ValueError(f"{name} has the rule {table[key].name!r} already")
-    table.update(dict.fromkeys(names, rule))
-    return rule
-
-
-def register(rule: Rule) -> Rule:
-    """Add a rule for all to use. A class can have one rule only."""
-    return _enter(_RULES, {module: module.__name__ for module in rule.modules}, rule)
-
-
 @dataclass(frozen=True, kw_only=True)
 class NodeRule:
     """What operands of one kind of autograd node receive from each sample: a layer recognised by its node.
@@ -180,12 +164,23 @@ class NodeRule:
             raise ValueError(f"rule {self.name!r}: `slots` must name an input of the node")
 
 
+_RULES: dict[type[nn.Module], Rule] = {}
 _NODES: dict[str, NodeRule] = {}
 
 
-def register_node(rule: NodeRule) -> NodeRule:
-    """Add a rule for a kind of autograd node. A kind can have one rule only."""
-    return _enter(_NODES, {name: name for name in rule.nodes}, rule)
+def register(rule: Rule | NodeRule) -> None:
+    """Add a rule for all to use, of a layer family or of a kind of autograd node. Each can have one rule only."""
+    if isinstance(rule, Rule):
+        _enter(_RULES, {module: module.__name__ for module in rule.modules}, rule)
+    else:
+        _enter(_NODES, {name: name for name in rule.nodes}, rule)
+
+
+def _enter(table: dict[Any, Any], names: Mapping[Any, str], rule: Rule | NodeRule) -> None:
+    for key, name in names.items():
+        if key in table:
+            raise ValueError(f"{name} has the rule {table[key].name!r} already")
+    table.update(dict.fromkeys(names, rule))
 
 
 def node_rule(node: Node) -> NodeRule | None:

@@ -11,7 +11,7 @@ import torch
 from cases import random_loss
 from every_layer import CONTAINERS, LAYERS, LOSSES, REFUSED, WITHOUT_LOOPS, Row
 
-from hookjac import extend
+from hookjac import HookjacError, extend
 from hookjac.rule import lookup
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "layers.md"
@@ -39,15 +39,18 @@ def described(name: str, rows: list[Row]) -> str:
         model, args = row.build(), row.inputs()
         with torch.no_grad():
             model(*args)
-        asked = ("grad_sample", "hess_diag") if row.hessian else ("grad_sample",)
-        with extend(model, *asked) as ext:
-            random_loss(model(*args)).backward()
+        try:
+            with extend(model, "grad_sample", "hess_diag") as ext:
+                random_loss(model(*args)).backward()
+        except HookjacError:  # PyTorch has no second derivative, and no rule has
+            with extend(model, "grad_sample") as ext:
+                random_loss(model(*args)).backward()
         rule = lookup(model.layer)
         inputs.add(f"rule *{rule.name}*" if rule else "nodes")
         own = [r for r in ext.explain().rows if r.parameter.startswith("layer.")]
         for r in own:
             params.add(r.why.split(";")[0].rsplit(", ", 1)[0] if r.road == "rule" else r.road)
-        hessians |= {r.hessian for r in own or ext.explain().rows} if row.hessian else {"PyTorch has none"}
+        hessians |= {r.hessian or "refused: PyTorch has none" for r in own or ext.explain().rows}
     return f"| `{name}` | {listed(inputs)} | {listed(params) or '—'} | {listed(hessians)} |"
 
 

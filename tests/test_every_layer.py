@@ -10,13 +10,29 @@ from layer_table import PAGE, page
 from oracle import close, expected, trainable
 from torch import nn
 
-from hookjac import extend
+from hookjac import extend, rule
 
 ROWS = [pytest.param(row, id=f"{name}-{k}") for name, rows in LAYERS.items() for k, row in enumerate(rows)]
 
 
+@pytest.fixture
+def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "_RULES", {})
+    monkeypatch.setattr(rule, "_NODES", {})
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.usefixtures("hidden")
+def test_exact_without_rules(row: Row) -> None:
+    check(row)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_exact(row: Row) -> None:
+    check(row)
+
+
+def check(row: Row) -> None:
     torch.manual_seed(3)
     model, args = row.build(), row.inputs()
     with torch.no_grad():

@@ -19,13 +19,14 @@ from click.testing import CliRunner
 from setuptools import find_packages
 
 import hookjac
+from hookjac import rule
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hookjac"
 
 # each may import only from those before it; `layers.*` share a place, and so do the two faces at the end
 ORDER = [
-    "errors", "graph", "samples", "progress", "products", "factor", "rule", "layers", "tape", "route", "uses", "kinks",
+    "errors", "samples", "graph", "progress", "products", "factor", "rule", "layers", "tape", "route", "uses", "kinks",
     "loss", "plan", "quantity", "curvature", "roads", "engine", "explain", "extend", "", "testing", "demo", "__main__",
 ]  # fmt: skip
 
@@ -126,6 +127,16 @@ def test_readme_snippets_run() -> None:
         "0.weight torch.Size([16, 8]) torch.Size([32, 16, 8]) torch.Size([32, 3, 16, 8]) torch.Size([16, 8])"
     )
     assert float(lines[-1].strip("tensor()")) > 0.3, "the row sums should be far from the diagonal"
+
+
+def test_own_rule_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "_RULES", dict(rule._RULES))
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_rule.md").read_text(), re.S)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(snippet, {"__name__": "page"})
+    assert "2.gain" in said.getvalue()
+    assert "WRONG" not in said.getvalue()
 
 
 def test_readme_commands() -> None:

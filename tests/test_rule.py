@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hookjac import HookjacError, Rule, extend, register, rule
 from hookjac.factor import Dense
-from hookjac.rule import NodeRule, elementwise, linear_map, lookup, register_node
+from hookjac.rule import NodeRule, elementwise, linear_map, lookup
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_a_rule_for_a_node_checks_itself() -> None:
     with pytest.raises(ValueError, match="`slots` must name an input"):
         NodeRule(name="x", nodes=("SinBackward0",), slots=(), **good)
     with pytest.raises(ValueError, match="MmBackward0 has the rule 'matrix product' already"):
-        register_node(NodeRule(name="x", nodes=("MmBackward0",), slots=(0,), **good))
+        register(NodeRule(name="x", nodes=("MmBackward0",), slots=(0,), **good))
 
 
 def test_error_is_a_runtime_error() -> None:

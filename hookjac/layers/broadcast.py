@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hookjac.factor import Dense, Factor
 from hookjac.graph import Edge, Node, children, meta
-from hookjac.rule import NodeRule, register_node
+from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
 
@@ -70,12 +70,12 @@ def _self(node: Node) -> Tensor:
     return found.detach()
 
 
-register_node(arithmetic("sum", "AddBackward0", slopes={0: lambda n: 1.0, 1: lambda n: n._saved_alpha}))
-register_node(arithmetic("difference", "SubBackward0", slopes={0: lambda n: 1.0, 1: lambda n: -n._saved_alpha}))
-register_node(arithmetic("product", "MulBackward0", slopes={0: _other, 1: _self}))
-register_node(arithmetic("quotient", "DivBackward0", slopes={0: lambda n: 1 / _other(n)}))
-register_node(arithmetic("expand", "ExpandBackward0", slopes={0: lambda n: 1.0}))
-register_node(arithmetic("prelu", "PreluKernelBackward0", slopes={1: lambda n: _self(n).clamp(max=0)}))
+register(arithmetic("sum", "AddBackward0", slopes={0: lambda n: 1.0, 1: lambda n: n._saved_alpha}))
+register(arithmetic("difference", "SubBackward0", slopes={0: lambda n: 1.0, 1: lambda n: -n._saved_alpha}))
+register(arithmetic("product", "MulBackward0", slopes={0: _other, 1: _self}))
+register(arithmetic("quotient", "DivBackward0", slopes={0: lambda n: 1 / _other(n)}))
+register(arithmetic("expand", "ExpandBackward0", slopes={0: lambda n: 1.0}))
+register(arithmetic("prelu", "PreluKernelBackward0", slopes={1: lambda n: _self(n).clamp(max=0)}))
 
 
 # Repeat lays copies side by side: an axis of r copies of s is [r, s] ---------------------------------------------
@@ -98,6 +98,4 @@ def _repeat_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
     return Dense(rows.reshape(V, N, *shape), fresh=True)
 
 
-register_node(
-    NodeRule(name="repeat", nodes=("RepeatBackward0",), slots=(0,), fits=_copies_are_samples, part=_repeat_part)
-)
+register(NodeRule(name="repeat", nodes=("RepeatBackward0",), slots=(0,), fits=_copies_are_samples, part=_repeat_part))

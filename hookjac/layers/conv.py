@@ -17,7 +17,7 @@ from torch import Tensor
 from hookjac.factor import Dense, Factor, Outer
 from hookjac.graph import Node
 from hookjac.layers.broadcast import operand
-from hookjac.rule import NodeRule, register_node
+from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
 
@@ -65,7 +65,7 @@ def _channels_as_samples(node: Node, layout: Layout) -> str | None:
     return f"the {layout.N} output channels of a convolution would be the samples (was it given one image, unbatched?)"
 
 
-register_node(
+register(
     NodeRule(
         name="convolution",
         nodes=("ConvolutionBackward0",),

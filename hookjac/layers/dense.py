@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from hookjac.factor import Dense, Factor, Outer
 from hookjac.graph import Node
 from hookjac.layers.broadcast import operand, stretched, summed
-from hookjac.rule import Call, NodeRule, Rule, register, register_node
+from hookjac.rule import Call, NodeRule, Rule, register
 from hookjac.samples import Layout
 
 
@@ -124,12 +124,12 @@ def _mm_fits(node: Node, slot: int, layout: Layout) -> bool:
     return layout.axis == (0 if slot == 1 else 1)
 
 
-register_node(
+register(
     NodeRule(
         name="matrix product", nodes=("MmBackward0",), slots=(0, 1), fits=_mm_fits, part=_mm_part, mixed={1: _mm_mixed}
     )
 )
-register_node(
+register(
     NodeRule(
         name="linear map",
         nodes=("AddmmBackward0",),
@@ -139,12 +139,12 @@ register_node(
         mixed={0: None, 2: _mm_mixed},
     )
 )
-register_node(
+register(
     NodeRule(
         name="batched product", nodes=("BmmBackward0",), slots=(1,), fits=lambda n, k, la: la.axis == 1, part=_bmm_part
     )
 )
-register_node(
+register(
     NodeRule(
         name="product with a vector", nodes=("MvBackward0",), slots=(1,), fits=lambda n, k, la: True, part=_mv_part
     )
@@ -165,6 +165,6 @@ def _bilinear_form(node: Node, slot: int, layout: Layout) -> bool:
     return layout.axis == 0 and [tuple(s) for s in sums] == [(1, 3), (0,), (1, 2), (2, 3)]
 
 
-register_node(
+register(
     NodeRule(name="bilinear form", nodes=("TrilinearBackward0",), slots=(1,), fits=_bilinear_form, part=_trilinear_part)
 )

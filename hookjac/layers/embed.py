@@ -11,7 +11,7 @@ from torch import Tensor
 from hookjac.factor import Factor, Lookup
 from hookjac.graph import Node
 from hookjac.layers.broadcast import operand, result
-from hookjac.rule import NodeRule, register_node
+from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
 
@@ -69,9 +69,9 @@ def _not_features(node: Node, slot: int, layout: Layout) -> bool:
     return layout.axis < len(result(node)) - 1
 
 
-register_node(
+register(
     NodeRule(name="embedding", nodes=("EmbeddingBackward0",), slots=(0,), fits=_not_features, part=_embedding_part)
 )
-register_node(
+register(
     NodeRule(name="embedding bag", nodes=("EmbeddingBagBackward0",), slots=(0,), fits=_not_features, part=_bag_part)
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from hookjac.factor import Dense, Factor
 from hookjac.graph import Node
 from hookjac.layers.broadcast import result
-from hookjac.rule import NodeRule, register_node
+from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
 
@@ -63,6 +63,6 @@ def _running(node: Node, slot: int, layout: Layout) -> bool:
 
 
 _LAYER, _GROUP, _BATCH = "NativeLayerNormBackward0", "NativeGroupNormBackward0", "NativeBatchNormBackward0"
-register_node(NodeRule(name="layer norm", nodes=(_LAYER,), slots=(1, 2), fits=_layer_fits, part=_layer_part))
-register_node(NodeRule(name="group norm", nodes=(_GROUP,), slots=(1, 2), fits=_rows_are_samples, part=_group_part))
-register_node(NodeRule(name="batch norm", nodes=(_BATCH,), slots=(1, 2), fits=_running, part=_batch_part))
+register(NodeRule(name="layer norm", nodes=(_LAYER,), slots=(1, 2), fits=_layer_fits, part=_layer_part))
+register(NodeRule(name="group norm", nodes=(_GROUP,), slots=(1, 2), fits=_rows_are_samples, part=_group_part))
+register(NodeRule(name="batch norm", nodes=(_BATCH,), slots=(1, 2), fits=_running, part=_batch_part))
