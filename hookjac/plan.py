@@ -6,6 +6,7 @@ autograd's own nodes. Roads of second order are chosen in `curvature`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def make_plan(
         needed = route.needed(names.keys())
         layout, unfit = _probe(route, outputs, N, needed, names, {})
         if not unfit:
-            part, layout, unfit = _join(loss, route, N, needed, names, layout)
+            part, layout, unfit = _join(loss, route, outputs, N, needed, names, layout)
         if not unfit:
             by_id = {id(p): p for p in params.values()}
             lost = tape.calls > 0 and not any(m and m.output for e in outputs for m in [route.mark(e)])
@@ -119,17 +120,22 @@ def make_plan(
 
 
 def _join(
-    loss: Tensor, route: Route, N: int, needed: set[Key], names: Mapping[int, str], layout: dict[Edge, Layout]
+    loss: Tensor,
+    route: Route,
+    outputs: list[Edge],
+    N: int,
+    needed: set[Key],
+    names: Mapping[int, str],
+    layout: dict[Edge, Layout],
 ) -> tuple[Top, dict[Edge, Layout], set[Edge]]:
     """The loss's part of the graph, and the layouts between it and the outputs."""
-    sampled = {edge for edge in layout if route.key(edge) in route.with_data}
-    try:
+    sampled = {edge for edge in layout if route.key(edge) in route.with_data} | set(outputs)
+    # a first axis may have the right size by chance (N tokens kept by a mask, N classes): then the outputs decide
+    with contextlib.suppress(HookjacError):
         part = top(loss, route, sampled, N, names)
         return part, *_probe(route, part.frontier, N, needed, names, layout)
-    except HookjacError:
-        # a first axis may have the right size by chance (N tokens kept by a mask, N classes): the outputs decide
-        part = top(loss, route, sampled, N, names, low=True)
-        return part, *_probe(route, part.frontier, N, needed, names, layout)
+    part = top(loss, route, sampled, N, names, low=True)
+    return part, *_probe(route, part.frontier, N, needed, names, layout)
 
 
 def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:

@@ -773,3 +773,11 @@ def test_empty_layers() -> None:
     way = lambda m, x: torch.cat([m.a(x), m.b(m.e(x))], 1)
     model, x = Fn(way, a=nn.Linear(D, C), e=nn.Linear(D, 0), b=nn.Linear(0, 2)), torch.randn(N, D)
     exact(model, lambda: model(x))
+
+
+def test_an_output_made_of_parameters_alone_still_has_samples() -> None:
+    model = Fn(lambda m, x: m.w.expand(len(x), -1).sin() + 0 * m.a(x), w=par(C), a=nn.Linear(D, C))
+    alone = Fn(lambda m, x: (m.w * 2).expand(len(x), -1), w=par(C))
+    for net in (model, alone):
+        x = torch.randn(N, D)
+        exact(net, lambda net=net, x=x: net(x))
