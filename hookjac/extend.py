@@ -22,6 +22,7 @@ from torch.overrides import (
     _push_mode,
 )
 
+from hookjac.checkpoints import Recomputed
 from hookjac.engine import Results, Walk
 from hookjac.errors import HookjacError
 from hookjac.explain import Explanation, explain
@@ -149,9 +150,11 @@ class extend:
                     why = "something between the model and the loss detached it"
                 raise HookjacError(f"the loss does not require grad: {why}.")
         loss = scalar(tensors, weights)
-        plan = make_plan(self._tape, loss, params, self._known, {id(p) for p in self.model.parameters()})
-        walk = Walk(plan, self.quantities)
-        results = walk.run()
+        current = {id(p) for p in self.model.parameters()}
+        with Recomputed() as recomputed:
+            plan = make_plan(self._tape, loss, params, self._known, current, recomputed)
+            walk = Walk(plan, self.quantities)
+            results = walk.run()
         self._explanation = explain(self.model, plan, walk.roads)
         return results
 

@@ -10,6 +10,7 @@ V columns · shapes `[V, *out]` are V cotangents of a tensor of shape `out`.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,17 @@ def meta(edge: Edge) -> tuple[torch.Size, torch.dtype, torch.device]:
         return leaf.shape, leaf.dtype, leaf.device
     entry = edge.node._input_metadata[edge.nr]
     return torch.Size(entry.shape), entry.dtype, entry.device
+
+
+_ATTRIBUTES: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def attributes(node: Node, prefix: str) -> list[str]:
+    """Names of what a node saved: "_saved_", or "_raw_saved_" for how it is held."""
+    kind = type(node)
+    if kind not in _ATTRIBUTES:
+        _ATTRIBUTES[kind] = tuple(name for name in dir(kind) if name.startswith(("_saved_", "_raw_saved_")))
+    return [name for name in _ATTRIBUTES[kind] if name.startswith(prefix)]
 
 
 def edge_of(tensor: Tensor) -> Edge:

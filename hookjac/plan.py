@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hookjac.checkpoints import Recomputed
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, meta
 from hookjac.loss import Top, top
@@ -95,17 +96,23 @@ def reachable(route: Route, starts: Iterable[Key]) -> set[Key]:
 
 
 def make_plan(
-    tape: Tape, loss: Tensor, params: Mapping[str, nn.Parameter], known: Mapping[int, str], current: Collection[int]
+    tape: Tape,
+    loss: Tensor,
+    params: Mapping[str, nn.Parameter],
+    known: Mapping[int, str],
+    current: Collection[int],
+    recomputed: Recomputed,
 ) -> Plan:
     """Survey the graph of a loss.
 
     params: the parameters to be served, by qualified name. known: all that the model had when the block began;
-    current: all that it has now.
+    current: all that it has now. recomputed: open as long as the plan is used.
     """
     names = {id(p): name for name, p in params.items()}
     rejected: set[Edge] = set()
     while True:
         route = Route(tape, [edge_of(loss)], rejected)
+        recomputed.meet(key for key in route.order if key not in route.calls)
         selected, outputs, N = _outputs(route)
         _check_parameters(route, names, known, current)
         needed = route.needed(names.keys())

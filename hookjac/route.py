@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import detach_variable, set_device_states
 
-from hookjac.graph import Edge, Node, children, differentiable_once, edge_of, meta, ordered, pull
+from hookjac.checkpoints import is_reentrant, reopen
+from hookjac.graph import Edge, Node, attributes, children, differentiable_once, edge_of, meta, ordered, pull
 from hookjac.rule import Call
 from hookjac.samples import tolerance
 from hookjac.tape import Mark, Tape
@@ -63,13 +63,12 @@ class Route:
         if call is not None:
             return [call.x] if call.source is None else []
         found: list[Tensor] = []
-        for name in dir(key):
-            if name.startswith("_saved_"):
-                try:
-                    saved = getattr(key, name)
-                except RuntimeError:  # freed, or modified in place since: the user's backward will say so
-                    continue
-                found += [t for t in (saved if isinstance(saved, (list, tuple)) else [saved]) if isinstance(t, Tensor)]
+        for name in attributes(key, "_saved_"):
+            try:
+                saved = getattr(key, name)
+            except RuntimeError:  # freed, or modified in place since: the user's backward will say so
+                continue
+            found += [t for t in (saved if isinstance(saved, (list, tuple)) else [saved]) if isinstance(t, Tensor)]
         found += getattr(key, "saved_tensors", ())
         return [t for t in found if t.dim() and not t.requires_grad]
 
@@ -141,39 +140,21 @@ class Route:
         """An edge as the walk sees it: reentrant checkpoints are opened and replaced by what they recompute."""
         if edge in self._alias:
             return self.resolve(self._alias[edge])
-        if type(edge.node).__name__ == "CheckpointFunctionBackward":
+        if is_reentrant(edge.node):
             self._open(edge.node)
             return self.resolve(edge)
         return edge
 
     def _open(self, node: Node) -> None:
-        """Run a reentrant checkpoint's function again with grad, and splice its graph into ours."""
-        inputs, tensors = list(node.inputs), node.saved_tensors
-        for k, index in enumerate(node.tensor_indices):
-            inputs[index] = tensors[k]
-        devices = getattr(node, "fwd_devices", [])
-        with torch.random.fork_rng(devices, enabled=node.preserve_rng_state, device_type=node.device_type):
-            if node.preserve_rng_state:
-                torch.set_rng_state(node.fwd_cpu_state)
-                if node.had_device_in_fwd:
-                    set_device_states(node.fwd_devices, node.fwd_device_states, device_type=node.device_type)
-            fresh = detach_variable(tuple(inputs))
-            cast = torch.autocast(node.device_type, **node.device_autocast_kwargs)
-            with torch.enable_grad(), cast, torch.autocast("cpu", **node.cpu_autocast_kwargs):
-                outputs = node.run_function(*fresh)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        """Splice the graph of a reentrant checkpoint into ours."""
+        outputs, joints, held = reopen(node)
         for nr, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 self._alias[Edge(node, nr)] = edge_of(tensor)
                 self._outer[edge_of(tensor)] = Edge(node, nr)
                 self.tape.carry(Edge(node, nr), tensor)
-        # the function's tensor arguments, in order, are the node's children, in order
-        given = [t for t in fresh if isinstance(t, Tensor)]
-        after = children(node)
-        for tensor, outer in zip(given, after[len(after) - len(given) :], strict=True):
-            if outer is not None and tensor.requires_grad:
-                self._alias[edge_of(tensor)] = outer
-        self._held += [fresh, outputs]
+        self._alias.update(joints)
+        self._held.append(held)
 
     def needed(self, wanted: Collection[int]) -> set[Key]:
         """Stations from which a tensor with one of these ids is reached."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from hookjac.checkpoints import is_hidden
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of
 from hookjac.rule import Call, lookup
@@ -196,6 +197,8 @@ class Tape:
         mark = self._note(output)
         if mark.call is not None or source == Edge(output.grad_fn, output.output_nr):
             return  # the layer handed its input on; whoever made the tensor is noted already
+        if is_hidden(output.grad_fn):
+            return  # a note would keep alive the input that a checkpoint means to throw away
         own = {key: p for key, p in module._parameters.items() if p is not None}
         mark.call = Call(
             module=module,

@@ -26,8 +26,9 @@ PACKAGE = ROOT / "hookjac"
 
 # each may import only from those before it; `layers.*` share a place, and so do the two faces at the end
 ORDER = [
-    "errors", "samples", "graph", "progress", "products", "factor", "rule", "layers", "tape", "route", "uses", "kinks",
-    "loss", "plan", "quantity", "curvature", "roads", "engine", "explain", "extend", "", "testing", "demo", "__main__",
+    "errors", "samples", "graph", "checkpoints", "progress", "products", "factor", "rule", "layers", "tape", "route",
+    "uses", "kinks", "loss", "plan", "quantity", "curvature", "roads", "engine", "explain", "extend", "", "testing",
+    "demo", "__main__",
 ]  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from cases import C, D, Fn, N, random_loss
 from oracle import close, expected, trainable
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import GraphExecGroup, checkpoint, checkpoint_sequential
 
 from hookjac import HookjacError, extend
 
@@ -108,6 +110,75 @@ def test_checkpointed_sequence() -> None:
     x = torch.randn(N, D)
     wanted = expected(plain, lambda: plain(x), random_loss)
     with extend(model, *ALL):
+        random_loss(model(x)).backward()
+    for key, p in trainable(model).items():
+        for q in ALL:
+            close(getattr(p, q), wanted[key][q], (key, q))
+
+
+class Block(nn.Module):
+    """Functional, so that nodes with saved tensors do the work; notes how often it runs and what it made."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.w, self.norm, self.noise = nn.Parameter(torch.randn(4, 4)), nn.LayerNorm(4), noise
+        self.runs = 0
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        h = self.norm(x) @ self.w
+        self.made.append(weakref.ref(h))
+        return x + F.dropout(F.gelu(h), self.noise)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("asked", [("grad_sample",), ALL])
+def test_a_checkpoint_runs_once_for_us_and_once_for_the_user(asked: tuple[str, ...], grouped: bool) -> None:
+    body = nn.Sequential(*[Block() for _ in range(5)])
+    model = Fn(lambda m, x: m.head(checkpoint(m.body, m.a(x), use_reentrant=False)), a=nn.Linear(D, 4), body=body,
+               head=nn.Linear(4, C))  # fmt: skip
+    with GraphExecGroup() if grouped else contextlib.nullcontext(), extend(model, *asked):
+        random_loss(model(torch.randn(N, D))).backward()
+        assert [block.runs for block in body] == [3] * 5
+
+
+def test_what_a_checkpoint_throws_away_is_gone() -> None:
+    model = Fn(lambda m, x: checkpoint(m.body, m.a(x), use_reentrant=False), a=nn.Linear(D, 4),
+               body=nn.Sequential(Block(), nn.Linear(4, 4), nn.Tanh(), Block()))  # fmt: skip
+    with extend(model, *ALL):
+        loss = random_loss(model(torch.randn(N, D)))
+        assert [made() for block in (model.body[0], model.body[3]) for made in block.made] == [None, None]
+        loss.backward()
+        assert all(made() is None for block in (model.body[0], model.body[3]) for made in block.made)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_checkpoints_within_checkpoints(noise: float) -> None:
+    blocks = nn.ModuleList([Block(noise) for _ in range(4)])
+
+    def pair(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(second, checkpoint(first, x, use_reentrant=False).tanh(), use_reentrant=False)
+
+    def nested(m: Any, x: Tensor) -> Tensor:
+        h = checkpoint(pair, m.blocks[0], m.blocks[1], m.a(x), use_reentrant=False)
+        return checkpoint(pair, m.blocks[2], m.blocks[3], h, use_reentrant=False)
+
+    def flat(m: Any, x: Tensor) -> Tensor:
+        b = m.blocks
+        return b[3](b[2](b[1](b[0](m.a(x)).tanh())).tanh())
+
+    model, plain = (Fn(f, a=nn.Linear(D, 4), blocks=blocks) for f in (nested, flat))
+    plain.a = model.a
+    x = torch.randn(N, D)
+
+    def run() -> Tensor:
+        torch.manual_seed(1)
+        return plain(x)  # type: ignore[no-any-return]
+
+    wanted = expected(plain, run, random_loss)
+    with extend(model, *ALL):
+        torch.manual_seed(1)
         random_loss(model(x)).backward()
     for key, p in trainable(model).items():
         for q in ALL:
