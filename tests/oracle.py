@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookjac.testing import grad, hessian_diagonal, jacobian, loops, trainable
 
 expected = loops
 
-__all__ = ["RTOL", "close", "expected", "grad", "hessian_diagonal", "jacobian", "trainable"]
+__all__ = ["RTOL", "close", "compare", "expected", "grad", "hessian_diagonal", "jacobian", "trainable"]
 
 RTOL = 1e-10
 
@@ -23,3 +24,10 @@ def close(found: Tensor, wanted: Tensor, what: Any, rtol: float = RTOL) -> None:
     error = (found - wanted).abs().max().item() if wanted.numel() else 0.0
     # absolute floor: a value that is zero by cancellation of terms of order one
     assert error <= rtol * top + 1e-13, f"{what}: off by {error:.3e} where the largest entry is {top:.3e}"
+
+
+def compare(model: nn.Module, wanted: dict[str, dict[str, Tensor]], asked: Iterable[str]) -> None:
+    """The results on the parameters of a model, against those of loops."""
+    for name, p in trainable(model).items():
+        for q in asked:
+            close(getattr(p, q), wanted[name][q], (name, q))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, mlp, par
-from oracle import close, expected, trainable
+from oracle import close, compare, expected, trainable
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_hooks
 from torch.overrides import _get_current_function_mode_stack
@@ -53,9 +53,7 @@ def works(model: nn.Module) -> None:
     model.zero_grad()
     with extend(model):
         F.cross_entropy(model(x), Y).backward()
-    for key, p in trainable(model).items():
-        for q in ("grad_sample", "jac", "hess_diag"):
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, ("grad_sample", "jac", "hess_diag"))
 
 
 def refuses(match: str, model: Any, step: Callable[[], Any], *quantities: Any, **options: Any) -> None:
@@ -284,9 +282,7 @@ def test_modified_in_place_between() -> None:
         with torch.no_grad():
             model.bias.zero_()  # nothing saved the bias
         loss.backward()
-    for key, p in trainable(model).items():
-        for q in ("grad_sample", "jac", "hess_diag"):
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, ("grad_sample", "jac", "hess_diag"))
 
 
 def test_second_backward_without_retain_graph() -> None:

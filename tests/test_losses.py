@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, mlp, par
-from oracle import close, expected, grad, hessian_diagonal, trainable
+from oracle import close, compare, expected, grad, hessian_diagonal, trainable
 from torch import Tensor, nn
 
 import hookjac
@@ -80,9 +80,7 @@ def test_losses_of_sequences(name: str) -> None:
     wanted = expected(model, lambda: model(x), loss)
     with hookjac.extend(model, *QUANTITIES):
         loss(model(x)).backward()
-    for key, p in trainable(model).items():
-        for q in QUANTITIES:
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, QUANTITIES)
 
 
 PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {
@@ -104,9 +102,7 @@ def test_penalties(name: str, act: type[nn.Module]) -> None:
     for road in ("auto", "columns", "features", "entries"):
         with hookjac.extend(model, "grad_sample", "ggn_diag", hookjac.HessDiag(road=road)):  # type: ignore[arg-type]
             (F.cross_entropy(model(x), Y) + penalty(model)).backward()
-        for key, p in trainable(model).items():
-            for q in QUANTITIES:
-                close(getattr(p, q), wanted[key][q], (key, q, road))
+        compare(model, wanted, QUANTITIES)
 
 
 def test_penalty_only_on_an_unused_parameter() -> None:
@@ -129,9 +125,7 @@ def both(m: Any, x: Tensor) -> dict[str, Tensor]:
 def check_joint(model: nn.Module, run: Callable[[], Tensor], joint: Callable[[Tensor], Tensor], **extend: Any) -> None:
     """`run` returns all outputs side by side; the loss of the block is joint(run()) spelled by the caller."""
     wanted = expected(model, run, joint)
-    for key, p in trainable(model).items():
-        for q in extend.get("quantities", QUANTITIES):
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, extend.get("quantities", QUANTITIES))
 
 
 def test_second_loss_on_another_output() -> None:
@@ -209,9 +203,7 @@ def test_loss_inside_the_model() -> None:
     wanted = expected(model, lambda: model(x, Y)["logits"], lambda o: F.cross_entropy(o, Y))
     with hookjac.extend(model, output="logits"):
         model(x, Y)["loss"].backward()
-    for key, p in trainable(model).items():
-        for q in ("grad_sample", "jac", "hess_diag"):
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, ("grad_sample", "jac", "hess_diag"))
 
 
 def test_parameter_in_the_loss() -> None:
@@ -282,9 +274,7 @@ def test_penalty_that_remembers_old_weights() -> None:
     wanted = expected(model, lambda: model(x), lambda o: F.cross_entropy(o, Y), penalty)
     with hookjac.extend(model, *QUANTITIES):
         (F.cross_entropy(model(x), Y) + penalty()).backward()
-    for key, p in trainable(model).items():
-        for q in QUANTITIES:
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, QUANTITIES)
 
 
 @pytest.mark.parametrize("way", ["backward", "function", "list", "grad", "cotangent", "inputs", "grad of one"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Fn, par, random_loss
-from oracle import close, expected, trainable
+from oracle import compare, expected, trainable
 from torch import Tensor, nn
 
 from hookjac import extend
@@ -116,9 +116,7 @@ def exact(model: nn.Module, run: Callable[[], Any], output: Any = None) -> exten
     wanted = expected(model, lambda: pick(run()), random_loss)
     with extend(model, *ALL, output=output) as ext:
         random_loss(pick(run())).backward()
-    for name, p in trainable(model).items():
-        for q in ALL:
-            close(getattr(p, q), wanted[name][q], (name, q))
+    compare(model, wanted, ALL)
     return ext
 
 

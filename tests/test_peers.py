@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, par, random_loss
-from oracle import close, expected, grad, trainable
+from oracle import close, compare, expected, grad
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -159,9 +159,7 @@ def test_right_where_others_are_not(row: Row) -> None:
     asked = ALL if row.hessian else ALL[:3]
     with extend(model, *asked):
         row.loss(model(x)).backward()
-    for name, p in trainable(model).items():
-        for q in asked:
-            close(getattr(p, q), wanted[name][q], (row.what, name, q))
+    compare(model, wanted, asked)
 
 
 def mlp() -> nn.Module:
@@ -193,9 +191,7 @@ def test_a_penalty_is_part_of_the_diagonals() -> None:
     wanted = expected(model, lambda: model(x), random_loss, penalty)
     with extend(model, *ALL):
         (random_loss(model(x)) + penalty()).backward()
-    for name, p in trainable(model).items():
-        for q in ALL:
-            close(getattr(p, q), wanted[name][q], (name, q))
+    compare(model, wanted, ALL)
 
 
 def test_extended_again_and_again() -> None:

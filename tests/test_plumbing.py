@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, random_loss
-from oracle import close, expected, trainable
+from oracle import compare, expected, trainable
 from torch import Tensor, nn
 from torch.utils.checkpoint import GraphExecGroup, checkpoint, checkpoint_sequential
 
@@ -80,9 +80,7 @@ def test_channels_last(module: bool) -> None:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with extend(model, *ALL):
         random_loss(model(x.to(memory_format=torch.channels_last))).backward()
-    for name, p in trainable(model).items():
-        for q in ALL:
-            close(getattr(p, q), wanted[name][q], (name, q))
+    compare(model, wanted, ALL)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -98,9 +96,7 @@ def test_checkpoints(name: str, reentrant: bool) -> None:
     wanted = expected(plain, lambda: plain(x), random_loss)
     with extend(model, *ALL):
         random_loss(model(x)).backward()
-    for key, p in trainable(model).items():
-        for q in ALL:
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, ALL)
 
 
 def test_checkpointed_sequence() -> None:
@@ -111,9 +107,7 @@ def test_checkpointed_sequence() -> None:
     wanted = expected(plain, lambda: plain(x), random_loss)
     with extend(model, *ALL):
         random_loss(model(x)).backward()
-    for key, p in trainable(model).items():
-        for q in ALL:
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, ALL)
 
 
 class Block(nn.Module):
@@ -180,9 +174,7 @@ def test_checkpoints_within_checkpoints(noise: float) -> None:
     with extend(model, *ALL):
         torch.manual_seed(1)
         random_loss(model(x)).backward()
-    for key, p in trainable(model).items():
-        for q in ALL:
-            close(getattr(p, q), wanted[key][q], (key, q))
+    compare(model, wanted, ALL)
 
 
 def test_one_unbatched_image_is_refused() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, par, random_loss
-from oracle import close, expected, hessian_diagonal, trainable
+from oracle import close, compare, expected, hessian_diagonal, trainable
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import checkpoint
@@ -291,9 +291,7 @@ def test_reentrant_checkpoints(top: bool) -> None:
         wanted = expected(plain, lambda: plain(x), random_loss)
         with extend(model, *ALL):
             random_loss(model(x)).backward()
-    for name, p in trainable(model).items():
-        for q in ALL:
-            close(getattr(p, q), wanted[name][q], (name, q))
+    compare(model, wanted, ALL)
 
 
 def test_second_backward_through_a_reentrant_checkpoint_is_refused() -> None:
@@ -324,9 +322,7 @@ def test_options_are_those_of_the_forward(act: nn.Module, option: str, value: An
         setattr(act, option, value)
         loss.backward()
     setattr(act, option, before)
-    for name, p in trainable(model).items():
-        for q in ("grad_sample", "hess_diag"):
-            close(getattr(p, q), wanted[name][q], (name, q))
+    compare(model, wanted, ("grad_sample", "hess_diag"))
 
 
 def test_batch_size_is_that_of_the_graph() -> None:
@@ -518,9 +514,7 @@ def test_compiled_models() -> None:
     compiled: Any = torch.compile(model, backend="eager")
     with extend(compiled, *ALL):  # its first call: compiled inside the block
         random_loss(compiled(x)).backward()
-    for name, p in trainable(model).items():
-        for q in ALL:
-            close(getattr(p, q), wanted[name][q], (name, q))
+    compare(model, wanted, ALL)
     torch._dynamo.reset()
 
 
