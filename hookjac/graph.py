@@ -60,6 +60,11 @@ def attributes(node: Node, prefix: str) -> list[str]:
     return [name for name in _ATTRIBUTES[kind] if name.startswith(prefix)]
 
 
+def signed(saved: int) -> int:
+    """An axis or index as it was given: autograd keeps a negative one as an unsigned number."""
+    return saved - (1 << 64) if saved >= 1 << 63 else saved
+
+
 def edge_of(tensor: Tensor) -> Edge:
     """Where the gradient of `tensor` flows in. Leaves get their accumulator."""
     if tensor.grad_fn is not None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hookjac.graph import Edge, fenced, gradients, meta
+from hookjac.graph import Edge, fenced, gradients, meta, signed
 from hookjac.route import Key, Route
 from hookjac.samples import Layout, random, scaled
 
@@ -82,11 +82,6 @@ def _one_along(key: Key, owners: Tensor) -> bool:
     along = list(range(owners.dim())) if dims is None else [dims] if isinstance(dims, int) else list(dims)
     if owners.dim() == 0 or owners.numel() == 0:
         return True
-    along = [_signed(d) % owners.dim() for d in along] or list(range(owners.dim()))
+    along = [signed(d) % owners.dim() for d in along] or list(range(owners.dim()))
     high = owners.amax(along, keepdim=True)
     return bool(((owners == high) | (owners < 0)).all())
-
-
-def _signed(dim: int) -> int:
-    """Autograd keeps a negative axis as an unsigned number."""
-    return dim - (1 << 64) if dim >= 1 << 63 else dim

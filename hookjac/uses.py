@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Dense, Factor, Outer, total
-from hookjac.graph import Bend, Edge, Node, children, meta, pull
+from hookjac.graph import Bend, Edge, Node, children, meta, pull, signed
 from hookjac.route import Key, Route
 from hookjac.rule import node_rule
 from hookjac.samples import Layout
@@ -132,10 +132,13 @@ def mixed(route: Route, use: Use, g: Tensor, X: Tensor, layout: Layout) -> Facto
 def _down(chain: tuple[Edge, ...], factor: Factor) -> Factor:
     """A factor of an operand through the nodes between it and the parameter."""
     for edge in chain:
-        turns = isinstance(factor, Outer) and _turns(edge.node)
-        turned = factor.turned() if turns and isinstance(factor, Outer) else None
-        if turned is not None:
-            factor = turned
+        moved: Factor | None = None
+        if isinstance(factor, Outer) and _turns(edge.node):
+            moved = factor.turned()
+        elif isinstance(factor, Outer) and (place := _slice(edge)) is not None:
+            moved = factor.padded(*place)
+        if moved is not None:
+            factor = moved
             continue
         t = factor.dense()  # [V, N, *operand]
         V, N = t.shape[:2]
@@ -143,6 +146,25 @@ def _down(chain: tuple[Edge, ...], factor: Factor) -> Factor:
         (out,) = [c for c in columns if c is not None]
         factor = Dense(out.reshape(V, N, *out.shape[1:]), fresh=True)
     return factor
+
+
+def _slice(edge: Edge) -> tuple[int, int, int] | None:
+    """Axis, entries before and entries after, if this is a slice of a matrix."""
+    node, name = edge.node, type(edge.node).__name__
+    (below,) = [e for e in children(node) if e is not None]
+    whole, part = meta(below)[0], meta(edge)[0]
+    if len(whole) != 2 or len(part) != 2:
+        return None
+    if name == "SliceBackward0" and node._saved_step == 1:
+        axis = signed(node._saved_dim) % 2
+        before = slice(signed(node._saved_start), None).indices(whole[axis])[0]
+    elif name in ("SplitBackward0", "UnsafeSplitBackward0"):
+        axis, before = signed(node._saved_dim) % 2, edge.nr * node._saved_split_size
+    elif name in ("SplitWithSizesBackward0", "UnsafeSplitWithSizesBackward0"):
+        axis, before = signed(node._saved_dim) % 2, sum(node._saved_split_sizes[: edge.nr])
+    else:
+        return None
+    return axis, before, whole[axis] - before - part[axis]
 
 
 def _turns(node: Node) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Factor, Lookup
-from hookjac.graph import Node
+from hookjac.graph import Node, signed
 from hookjac.layers.broadcast import operand, result
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
@@ -31,24 +31,18 @@ def _embedding_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
     along[layout.axis] = -1
     sample = _sample_of(layout, index.shape[layout.axis], index.device).view(along).expand(index.shape)
     row = index.reshape(-1)
-    weight = (row != _padding(node)).to(G.dtype)
+    weight = (row != signed(node._saved_padding_idx)).to(G.dtype)
     if node._saved_scale_grad_by_freq:
         weight = weight / _counts(row, rows, torch.ones_like(row))[row]
     g = G.reshape(G.shape[0], -1, G.shape[-1]) * weight.unsqueeze(1)
     return Lookup(g, row, sample.reshape(-1), layout.N, operand(node, 0))
 
 
-def _padding(node: Node) -> int:
-    """-1 where there is none; autograd keeps it as an unsigned number."""
-    found = int(node._saved_padding_idx)
-    return -1 if found >= 1 << 63 else found
-
-
 def _bag_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, bags, d]
     row, offsets = node._saved_indices, node._saved_offsets
     bags, (rows, d) = G.shape[1], operand(node, 0)
     bag = torch.searchsorted(offsets[:bags].contiguous(), torch.arange(len(row), device=row.device), right=True) - 1
-    keep = row != _padding(node)
+    keep = row != signed(node._saved_padding_idx)
     sample = _sample_of(layout, bags, row.device)
     filled = _counts(bag, bags, keep)
     if node._saved_mode == 2:  # the largest entry of each feature: one entry of the table for each

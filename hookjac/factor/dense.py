@@ -1,0 +1,91 @@
+"""A contribution that has no structure we know of: the tensor itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The contribution itself, [V, N, *p]. `fresh`: nobody else holds its memory."""
+
+    t: Tensor
+    fresh: bool = False
+
+    @property
+    def V(self) -> int:
+        return self.t.shape[0]
+
+    @property
+    def N(self) -> int:
+        return self.t.shape[1]
+
+    @property
+    def param(self) -> torch.Size:
+        return self.t.shape[2:]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.t,)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Dense:
+        return replace(self, t=f(self.t))
+
+    def columns(self, index: Tensor | slice) -> Dense:
+        return Dense(self.t[index])
+
+    def samples(self, index: Tensor | slice) -> Dense:
+        return Dense(self.t[:, index])
+
+    def _flat(self) -> Tensor:  # [V, N, P], keeping a shared sample axis shared
+        V, N, P = self.V, self.N, self.param.numel()
+        return self.t[:, :1].reshape(V, 1, P).expand(V, N, P) if shared(self.t) else self.t.reshape(V, N, P)
+
+    def _chunks(self) -> Iterator[slice]:
+        step = max(1, CHUNK // max(1, self.V * self.param.numel()))
+        return (slice(n, n + step) for n in range(0, self.N, step))
+
+    def dense(self) -> Tensor:
+        return self.t
+
+    def parted(self) -> bool:
+        """Of unit columns: does each entry receive from one of them only? Then a metric's diagonal is all it needs."""
+        return is_unit(self._flat())
+
+    def quad(self, metric: Tensor) -> Tensor:  # -> [*p]
+        A = self._flat()
+        total = A.new_zeros(A.shape[2], dtype=torch.promote_types(A.dtype, metric.dtype))
+        for n in self._chunks():
+            total = total + quad_rows(A[:, n], metric[n]).sum(0)
+        return total.reshape(self.param)
+
+    def quad_each(self, metric: Tensor) -> Tensor:  # -> [N, *p]
+        return quad_rows(self._flat(), metric).reshape(self.N, *self.param)
+
+    def norms(self) -> Tensor:  # -> [V, N], squared
+        return self._flat().square().sum(2)
+
+    def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
+        return torch.einsum("vnp,kp->kvn", self._flat(), X.reshape(X.shape[0], self.param.numel()))
+
+    def back(self, U: Tensor) -> Tensor:  # [K, V, N] -> [K, *p]
+        out = U.reshape(U.shape[0], self.V * self.N) @ self._flat().reshape(self.V * self.N, self.param.numel())
+        return out.reshape(U.shape[0], *self.param)
+
+    def add_gram(self, out: Tensor, other: Dense) -> None:  # out [N, V, N', V']
+        A = self._flat().transpose(0, 1)
+        B = other._flat().transpose(0, 1).reshape(other.N * other.V, other.param.numel())
+        step = max(1, CHUNK // max(1, self.V * B.shape[0]))
+        for n in range(0, self.N, step):
+            rows = A[n : n + step]
+            part = rows.reshape(rows.shape[0] * self.V, B.shape[1]) @ B.T
+            out[n : n + step] += part.reshape(rows.shape[0], self.V, other.N, other.V)
+
+    def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
+        return summed_block(self._flat(), metric)

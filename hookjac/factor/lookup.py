@@ -1,0 +1,133 @@
+"""Rows looked up in a table: the table's gradient is zero elsewhere, and is never built unless asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hookjac.factor.dense import Dense
+from hookjac.factor.metric import CHUNK, quad_rows, summed_block
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows g, each added to one row of a table: what a parameter receives that was looked up.
+
+    M looked-up rows of all samples together. d: what is looked up at once, a row of the parameter or a single entry.
+    """
+
+    g: Tensor  # [V, M, d]
+    row: Tensor  # [M]
+    sample: Tensor  # [M]
+    N: int
+    param: torch.Size
+
+    @property
+    def V(self) -> int:
+        return self.g.shape[0]
+
+    @property
+    def rows(self) -> int:
+        return self.param.numel() // max(1, self.g.shape[2])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.g, self.row, self.sample)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Lookup:
+        return replace(self, g=f(self.g))
+
+    def columns(self, index: Tensor | slice) -> Lookup:
+        return replace(self, g=self.g[index])
+
+    def samples(self, index: Tensor | slice) -> Lookup:
+        chosen = torch.arange(self.N, device=self.row.device)[index]
+        # a sample may be chosen twice: every pair of a chosen place and a row of that sample
+        place, m = (chosen[:, None] == self.sample[None, :]).nonzero(as_tuple=True)
+        return replace(self, g=self.g[:, m], row=self.row[m], sample=place, N=len(chosen))
+
+    def dense(self) -> Tensor:  # [V, N, *p]
+        V, _, d = self.g.shape
+        out = self.g.new_zeros(self.N * self.rows, V, d)
+        out = out.index_add(0, self.sample * self.rows + self.row, self.g.transpose(0, 1))
+        return out.reshape(self.N, self.rows, V, d).permute(2, 0, 1, 3).reshape(V, self.N, *self.param)
+
+    def parted(self) -> bool:
+        return False
+
+    def merged(self) -> Lookup:
+        """A row that a sample looked up twice is one number: summed before it is squared."""
+        places, where = torch.unique(self.sample * self.rows + self.row, return_inverse=True)
+        g = self.g.new_zeros(self.V, len(places), self.g.shape[2]).index_add(1, where, self.g)
+        return replace(self, g=g, row=places % self.rows, sample=places // self.rows)
+
+    def _quads(self, metric: Tensor, target: Tensor, size: int) -> Tensor:
+        """The quadratic forms of the looked-up rows, added up in `size` places."""
+        V, d = self.V, self.g.shape[2]
+        total = self.g.new_zeros(size, d, dtype=torch.promote_types(self.g.dtype, metric.dtype))
+        step = max(1, CHUNK // max(1, V * d))
+        for k in range(0, len(self.row), step):
+            here = slice(k, k + step)
+            total = total.index_add(0, target[here], quad_rows(self.g[:, here], metric[self.sample[here]]))
+        return total
+
+    def quad(self, metric: Tensor) -> Tensor:  # -> [*p]
+        one = self.merged()
+        return one._quads(metric, one.row, self.rows).reshape(self.param)
+
+    def quad_each(self, metric: Tensor) -> Tensor:  # -> [N, *p]
+        one = self.merged()
+        found = one._quads(metric, one.sample * self.rows + one.row, self.N * self.rows)
+        return found.reshape(self.N, *self.param)
+
+    def norms(self) -> Tensor:  # -> [V, N], squared
+        one = self.merged()
+        return self.g.new_zeros(self.V, self.N).index_add(1, one.sample, one.g.square().sum(2))
+
+    def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
+        table = X.reshape(X.shape[0], self.rows, self.g.shape[2])
+        met = torch.einsum("vmd,kmd->kvm", self.g, table[:, self.row])
+        return met.new_zeros(X.shape[0], self.V, self.N).index_add(2, self.sample, met)
+
+    def back(self, U: Tensor) -> Tensor:  # [K, V, N] -> [K, *p]
+        g = torch.einsum("kvm,vmd->kmd", U[:, :, self.sample], self.g)
+        out = g.new_zeros(U.shape[0], self.rows, self.g.shape[2]).index_add(1, self.row, g)
+        return out.reshape(U.shape[0], *self.param)
+
+    def add_gram(self, out: Tensor, other: Lookup) -> None:  # out [N, V, N', V']
+        """Only pairs that looked up the same row meet."""
+        d = self.g.shape[2]
+        if self.rows != other.rows:
+            Dense(self.dense()).add_gram(out, Dense(other.dense()))
+            return
+        one, two = self.merged(), other.merged()
+        step = max(1, CHUNK // max(1, max(self.V * other.V, (self.V + other.V) * d)))
+        for here, there in _pairs(one.row, two.row, self.rows, step):
+            met = one.g[:, here].transpose(0, 1) @ two.g[:, there].permute(1, 2, 0)  # [pairs, V, V']
+            out.transpose(1, 2).index_put_((one.sample[here], two.sample[there]), met, accumulate=True)
+
+    def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
+        return summed_block(self.dense().reshape(self.V, self.N, self.param.numel()), metric)
+
+
+def _pairs(a: Tensor, b: Tensor, rows: int, step: int) -> list[tuple[Tensor, Tensor]]:
+    """Indices (k, l) of all pairs with a[k] == b[l], in chunks of about `step`."""
+    order = torch.argsort(b)
+    count = torch.bincount(b, minlength=rows)
+    first = count.cumsum(0) - count
+    each = count[a]  # how many partners a[k] has
+    found = []
+    ends = each.cumsum(0)
+    start = 0
+    while start < len(a):
+        done = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(torch.searchsorted(ends, done + step, right=True)))
+        k = torch.arange(start, min(stop, len(a)), device=a.device)
+        left = k.repeat_interleave(each[k])
+        place = torch.arange(len(left), device=a.device) - (each[k].cumsum(0) - each[k]).repeat_interleave(each[k])
+        found.append((left, order[first[a[left]] + place]))
+        start = stop
+    return found

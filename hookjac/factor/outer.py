@@ -1,0 +1,171 @@
+"""Outer products: what a weight receives that is multiplied with a layer's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hookjac.factor.dense import Dense
+from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block
+
+
+@dataclass(frozen=True)
+class Outer:
+    """sum over positions of g aᵀ, block by block: what a weight that is multiplied with `a` receives.
+
+    B blocks (the groups of a convolution; else 1). The parameter is [B o, i], or [B i, o] if `swapped`, in memory
+    order; `shape` is its own shape where that has other axes.
+    """
+
+    g: Tensor  # [V, N, B, L, o]
+    a: Tensor  # [N, B, L, i]
+    shape: torch.Size | None = None
+    swapped: bool = False
+
+    @property
+    def V(self) -> int:
+        return self.g.shape[0]
+
+    @property
+    def N(self) -> int:
+        return self.g.shape[1]
+
+    @property
+    def param(self) -> torch.Size:
+        B, o, i = self.g.shape[2], self.g.shape[4], self.a.shape[3]
+        return self.shape or torch.Size((B * i, o) if self.swapped else (B * o, i))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.g, self.a)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Outer:
+        return replace(self, g=f(self.g), a=f(self.a))
+
+    def columns(self, index: Tensor | slice) -> Outer:
+        return replace(self, g=self.g[index])
+
+    def samples(self, index: Tensor | slice) -> Outer:
+        return replace(self, g=self.g[:, index], a=self.a[index])
+
+    def _fold(self, t: Tensor) -> Tensor:  # [..., B, o, i] -> [..., *p]
+        t = t.transpose(-1, -2) if self.swapped else t
+        lead = t.shape[:-3]
+        return t.flatten(-3, -2) if self.shape is None else t.reshape(*lead, *self.shape)
+
+    def _unfold(self, t: Tensor) -> Tensor:  # [K, *p] -> [K, B, o, i]
+        B, o, i = self.g.shape[2], self.g.shape[4], self.a.shape[3]
+        t = t.reshape(t.shape[0], B, *((i, o) if self.swapped else (o, i)))
+        return t.transpose(2, 3) if self.swapped else t
+
+    def _chunks(self) -> Iterator[slice]:
+        step = max(1, CHUNK // max(1, self.V * self.param.numel()))
+        return (slice(n, n + step) for n in range(0, self.N, step))
+
+    def dense(self) -> Tensor:
+        """[V, N, *p]; lies in memory with N first, as results are handed out."""
+        g, a = self.g.transpose(0, 1), self.a.unsqueeze(1)  # [N, V, B, L, o], [N, 1, B, L, i]
+        if g.shape[3] == 1:
+            # a broadcast product beats einsum and bmm for plain outer products
+            out = g[:, :, :, 0, :, None] * a[:, :, :, 0, None, :]
+        else:
+            out = g.transpose(3, 4) @ a
+        return self._fold(out).transpose(0, 1)
+
+    def parted(self) -> bool:
+        return self.g.shape[3] == 1 and is_unit(self.g[:, :, :, 0].flatten(2))
+
+    def quad(self, metric: Tensor) -> Tensor:  # -> [*p]
+        _, N, B, L, o = self.g.shape
+        if L == 1:
+            rows = quad_rows(self.g[:, :, :, 0].flatten(2), metric).reshape(N, B, o)
+            return self._fold(rows.permute(1, 2, 0) @ self.a[:, :, 0].square().transpose(0, 1).to(rows.dtype))
+        total: Tensor | None = None
+        for n in self._chunks():
+            found = Dense(self.samples(n).dense()).quad(metric[n])
+            total = found if total is None else total + found
+        return self._fold(self.a.new_zeros(B, o, self.a.shape[3])) if total is None else total
+
+    def quad_each(self, metric: Tensor) -> Tensor:  # -> [N, *p]
+        _, N, B, L, o = self.g.shape
+        if L == 1:
+            rows = quad_rows(self.g[:, :, :, 0].flatten(2), metric).reshape(N, B, o)
+            return self._fold(rows.unsqueeze(3) * self.a[:, :, 0].square().unsqueeze(2).to(rows.dtype))
+        parts = [Dense(self.samples(n).dense()).quad_each(metric[n]) for n in self._chunks()]
+        return torch.cat(parts) if parts else self.a.new_zeros(0, *self.param)
+
+    def norms(self) -> Tensor:  # -> [V, N], squared
+        V, _, _, L, o = self.g.shape
+        i = self.a.shape[3]
+        if L == 1:
+            return torch.einsum("vnb,nb->vn", self.g[:, :, :, 0].square().sum(3), self.a[:, :, 0].square().sum(2))
+        if L * (V * o + i) < V * o * i:  # positions against each other
+            gg = self.g @ self.g.transpose(3, 4)  # [V, N, B, L, L]
+            aa = self.a @ self.a.transpose(2, 3)
+            return torch.einsum("vnblm,nblm->vn", gg, aa)
+        parts = [Dense(self.samples(n).dense()).norms() for n in self._chunks()]
+        return torch.cat(parts, 1) if parts else self.g.new_zeros(V, 0)
+
+    def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
+        met = torch.einsum("kboi,nbli->knblo", self._unfold(X), self.a)
+        return torch.einsum("knblo,vnblo->kvn", met, self.g)
+
+    def back(self, U: Tensor) -> Tensor:  # [K, V, N] -> [K, *p]
+        g = torch.einsum("kvn,vnblo->knblo", U, self.g)
+        return self._fold(torch.einsum("knblo,nbli->kboi", g, self.a))
+
+    def add_gram(self, out: Tensor, other: Outer) -> None:  # out [N, V, N', V']
+        _, N, B, L, o = self.g.shape
+        V2, N2, B2, L2, _ = other.g.shape
+        i = self.a.shape[3]
+        # positions against each other, or the products themselves: whichever is fewer
+        pairs = float(N * L) * (N2 * L2) * (self.V * V2 * o + i)
+        built = float(N * L * self.V + N2 * L2 * V2 + N * self.V * N2 * V2) * o * i
+        if (self.swapped, B) != (other.swapped, B2) or (L * L2 > 1 and built < pairs):
+            for n in self._chunks():
+                rows = Dense(self.samples(n).dense())
+                for m in other._chunks():
+                    rows.add_gram(out[n, :, m], Dense(other.samples(m).dense()))
+            return
+        step = max(1, CHUNK // max(1, self.V * B * L * N2 * V2 * L2))
+        both_shared = shared(self.g) and shared(other.g)
+        its_g = (other.g[:, :1] if both_shared else other.g).permute(2, 4, 1, 0, 3)  # [B, o, N', V', L']
+        its_a = other.a.permute(1, 3, 0, 2)  # [B, i, N', L']
+        for start in range(0, N, step):
+            here = slice(start, start + step)
+            g = self.g[:, :1] if both_shared else self.g[:, here]
+            g, a = g.permute(2, 1, 0, 3, 4), self.a[here].transpose(0, 1)  # [B, n, V, L, o], [B, n, L, i]
+            gg = (g.flatten(1, 3) @ its_g.flatten(2)).reshape(*g.shape[:4], *its_g.shape[2:])
+            aa = (a.flatten(1, 2) @ its_a.flatten(2)).reshape(*a.shape[:3], *its_a.shape[2:])
+            part = gg * aa[:, :, None, :, :, None, :]  # [B, n, V, L, N', V', L']
+            out[here] += part[0, :, :, 0, :, :, 0] if B * L * L2 == 1 else part.sum((0, 3, 6))
+
+    def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
+        total: Tensor | None = None
+        for n in self._chunks():
+            rows = self.samples(n).dense().flatten(2)
+            found = summed_block(rows, None if metric is None else metric[n])
+            total = found if total is None else total + found
+        P = self.param.numel()
+        return self.a.new_zeros(P, P) if total is None else total
+
+    def alike(self, other: Outer) -> bool:
+        """Do both lay the parameter out in the same way, so that positions can be put side by side?"""
+        mine, its = self.g, other.g
+        return (self.shape, self.swapped, mine.shape[2]) == (other.shape, other.swapped, its.shape[2])
+
+    def turned(self) -> Outer | None:
+        """The same for the transposed parameter; None where that is no matrix."""
+        return Outer(self.g, self.a, None, not self.swapped) if self.shape is None and self.g.shape[2] == 1 else None
+
+    def padded(self, axis: int, before: int, after: int) -> Outer | None:
+        """The same for a parameter of which this one was a slice; None where that is no matrix."""
+        if self.shape is not None or self.g.shape[2] != 1:
+            return None
+        pad = torch.nn.functional.pad
+        if (axis == 0) != self.swapped:
+            return replace(self, g=pad(self.g, (before, after)))
+        return replace(self, a=pad(self.a, (before, after)))
