@@ -100,7 +100,7 @@ def test_lowest_torch_is_stated_once_and_is_what_runs_here() -> None:
 
 def test_only_the_library_is_installed() -> None:
     include = setup_cfg()["options.packages.find"]["include"].split()
-    assert sorted(find_packages(str(ROOT), include=include)) == ["hookjac", "hookjac.layers"]
+    assert sorted(find_packages(str(ROOT), include=include)) == ["hookjac", "hookjac.factor", "hookjac.layers"]
 
 
 def test_public_names_are_documented_and_sorted() -> None:
