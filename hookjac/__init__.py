@@ -8,19 +8,47 @@ with hookjac.extend(model):
 from hookjac import layers as layers
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
-from hookjac.quantity import GGNDiag, GradSample, HessDiag, Jac, Quantity
+from hookjac.quantity import (
+    GGNBlock,
+    GGNDiag,
+    GGNDiagMC,
+    GGNDiagSample,
+    GGNSqrt,
+    GradSample,
+    GradSampleGram,
+    GradSampleNorm,
+    GradSqSum,
+    GradVar,
+    HessBlock,
+    HessDiag,
+    HessDiagSample,
+    Jac,
+    Quantity,
+    Received,
+)
 from hookjac.rule import NodeRule, Rule, register
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GGNBlock",
     "GGNDiag",
+    "GGNDiagMC",
+    "GGNDiagSample",
+    "GGNSqrt",
     "GradSample",
+    "GradSampleGram",
+    "GradSampleNorm",
+    "GradSqSum",
+    "GradVar",
+    "HessBlock",
     "HessDiag",
+    "HessDiagSample",
     "HookjacError",
     "Jac",
     "NodeRule",
     "Quantity",
+    "Received",
     "Rule",
     "extend",
     "register",

@@ -216,33 +216,72 @@ class Bundle:
 
     def _reroot(self, stop: Stop, alive: list[Edge], curve: list[Edge] | None, metric: Tensor | None) -> None:
         """All that has come so far, as one dense block on the unit columns of the tensors it is passing."""
-        N, layout = self.plan.N, self.plan.layout
-        sizes = [features(e, N) for e in alive]
-        total: Tensor | None = None
-        for group in self.members:
-            parts = []
-            for edge, size in zip(alive, sizes, strict=True):
-                found = [c[group] for c in (stop.waiting.get(edge, {}), stop.outgoing.get(edge, {})) if group in c]
-                if found:
-                    parts.append(layout[edge].features(sum(found[1:], found[0])))
-                else:
-                    assert group.metric is not None
-                    parts.append(group.metric.new_zeros(group.size, N, size))
-            assert group.metric is not None
-            block_ = quad_block(parts[0] if len(parts) == 1 else torch.cat(parts, 2), group.metric)
-            total = block_ if total is None else total + block_
-        assert total is not None
+        total = gathered(self.plan, stop, alive, self.members)
         if curve is not None and metric is not None:
+            sizes = [features(e, self.plan.N) for e in alive]
             where = torch.cat(
                 [torch.arange(sizes[k], device=total.device) + sum(sizes[:k]) for k in map(alive.index, curve)]
             )
             bent = torch.diag_embed(metric) if metric.dim() == 2 else metric
             total = total.clone()
             total[:, where[:, None], where[None, :]] += bent
-        for edge in alive:
-            for columns in (stop.waiting.get(edge, {}), stop.outgoing.get(edge, {})):
-                for group in self.members:
-                    if group not in self._keep:
-                        columns.pop(group, None)
+        _drop(stop, alive, [g for g in self.members if g not in self._keep])
         self.members = []
         self._add(stop, alive, total, "block")
+
+
+def gathered(plan: Plan, stop: Stop, alive: list[Edge], members: Collection[Group]) -> Tensor:  # -> [N, D, D]
+    """What groups of columns amount to at the tensors that they are passing."""
+    N, layout = plan.N, plan.layout
+    total: Tensor | None = None
+    for group in members:
+        parts = []
+        assert group.metric is not None
+        for edge in alive:
+            found = [c[group] for c in (stop.waiting.get(edge, {}), stop.outgoing.get(edge, {})) if group in c]
+            if found:
+                parts.append(layout[edge].features(sum(found[1:], found[0])))
+            else:
+                parts.append(group.metric.new_zeros(group.size, N, features(edge, N)))
+        block_ = quad_block(parts[0] if len(parts) == 1 else torch.cat(parts, 2), group.metric)
+        total = block_ if total is None else total + block_
+    assert total is not None
+    return total
+
+
+def _drop(stop: Stop, edges: Collection[Edge], groups: Collection[Group]) -> None:
+    for edge in edges:
+        for columns in (stop.waiting.get(edge, {}), stop.outgoing.get(edge, {})):
+            for group in groups:
+                columns.pop(group, None)
+
+
+class Averaging:
+    """One group of columns whose curvature is averaged over the samples after every station (KFRA)."""
+
+    def __init__(self, plan: Plan, first: Group) -> None:
+        self.plan, self.members = plan, [first]
+
+    def pass_station(self, stop: Stop) -> None:
+        call = self.plan.route.calls.get(stop.key)
+        group, N = self.members[-1], self.plan.N
+        alive = [e for e in {**stop.waiting, **stop.outgoing} if self._carries(stop, e, group)]
+        if not any(group in c for c in stop.outgoing.values()) or (call is not None and call.rule.constant):
+            return
+        D = sum(features(e, N) for e in alive)
+        if not all(e in self.plan.layout for e in alive) or N * D * D > _BLOCK:
+            raise HookjacError(
+                "kfra averages the curvature over samples at every step down, and cannot here: "
+                f"{' and '.join(str(tuple(e.shape)) for e in alive)} holds samples that cannot be told apart, or a "
+                f"block [{N}, {D}, {D}] is too large. Use fisher='exact' or 'mc'."
+            )
+        mean = gathered(self.plan, stop, alive, [group]).mean(0)
+        _drop(stop, alive, [group])
+        fresh = Group("averaged", D, mean.expand(N, D, D))
+        columns = unit_columns(alive, [self.plan.layout[e] for e in alive], mean.new_zeros(()))
+        for edge, t in zip(alive, columns, strict=True):
+            stop.outgoing.setdefault(edge, {})[fresh] = t
+        self.members.append(fresh)
+
+    def _carries(self, stop: Stop, edge: Edge, group: Group) -> bool:
+        return any(group in c for c in (stop.waiting.get(edge, {}), stop.outgoing.get(edge, {})))

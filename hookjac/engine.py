@@ -8,28 +8,30 @@ V columns · N samples · K = V N columns with one sample's rows each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from hookjac.curvature import Bundle, cut, loss_hessian, unit_columns
 from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, total
-from hookjac.graph import Edge, edge_of, meta
+from hookjac.graph import Edge, edge_of
 from hookjac.plan import Plan
-from hookjac.products import diagonal
+from hookjac.products import Product
 from hookjac.progress import Progress
-from hookjac.quantity import Quantity, Received
-from hookjac.roads import Roads, by_products, choose, refuse_endless
+from hookjac.quantity.record import GGN, Averaged, Hessian, Loss, Quantity, Received, Sampled
+from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
+from hookjac.seeds import Seeds
 from hookjac.uses import received
 
 _CHUNK = 1 << 24  # entries of one tensor of masked columns
 
-Results = dict[int, dict[str, Tensor]]  # id of a parameter -> quantity -> value
+Results = dict[int, dict[str, Any]]  # id of a parameter -> quantity -> value
 
 
 @dataclass(eq=False)
@@ -49,113 +51,47 @@ class Walk:
 
     def __init__(self, plan: Plan, quantities: Sequence[Quantity]) -> None:
         self.plan, self.quantities = plan, quantities
-        self.wanted = {q.columns for q in quantities}
         self.results: Results = {p: {} for p in plan.names}
         self.receipts = {p: Receipt(open=len(plan.uses.of.get(p, [])) + (p in plan.glue)) for p in plan.names}
         self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
-        self.seeds: dict[Edge, Columns] = {}
-        self.loss = Group("loss", 1)
-        self.output: Group | None = None
-        self.ggn: Group | None = None
-        self.bundle: Bundle | None = None
-        self.roads: Roads | None = None
-        self.bent: dict[int, Tensor] = {}
+        self.direct = {p: self._penalty(p, g) for p, g in plan.top.direct.items()}
+        for q in quantities:
+            _check_samples(q, plan.N)
+
+    def _penalty(self, p: int, gradient: Tensor) -> Product:
+        return Product(self.plan.names[p], edge_of(self.plan.params[p]), lambda which: gradient)
 
     def run(self) -> Results:
+        asked = {q.wish: q.name for q in reversed(self.quantities)}
         with torch.no_grad():
-            if self.plan.N:
-                self._seed()
-            with torch.enable_grad():
-                self._curvature_of_penalties()
-                products = by_products(self.plan, self.roads) if self.roads else {}
-            for p in products:
-                if self.roads and self.roads.road[p] == "features" and p in self.bent:
-                    products[p] = products[p] + self.bent[p]
-            sources: dict[Edge, Columns] = {}
-            for p, receipt in self.receipts.items():
-                if not receipt.open:
-                    self._finish(p, products)
-            if self.seeds:
-                for stop in walk(
-                    self.plan.route, self.seeds, self.plan.through, self.plan.visit, self.plan.uses.parted
-                ):
-                    self._arrive(stop, products, sources)
-                self._walk_masked(sources, products)
-            for p, receipt in self.receipts.items():
-                if receipt.open:  # asked-for columns never met it: they do not depend on it
-                    self._finish(p, products)
+            self.seeds = Seeds(self.plan, asked)
+            roads = self.seeds.roads
+            curved = sum(isinstance(q.wish, Hessian) for q in self.quantities)
+            with Progress("hess_diag, FLOPs", curved * sum(roads.cost.values()) if roads else 0.0) as progress:
+                self.products = Products(self.plan, roads, progress) if roads else None
+                if self.products is not None:
+                    self.products.check()
+                self._walk()
         return self.results
 
-    # Seeds ------------------------------------------------------------------------------------------------
-
-    def _seed(self) -> None:
-        plan, part = self.plan, self.plan.top
-        edges, bare = cut(plan) if self.wanted & {"ggn", "hessian"} else ([], [])
-        if "hessian" in self.wanted:
-            (wish,) = {(q.road, q.flop_limit) for q in self.quantities if q.columns == "hessian"}
-            with torch.enable_grad():
-                self.roads = choose(plan, edges, bare, wish[0])
-            refuse_endless(plan, self.roads, wish[1])
-        if "ggn" in self.wanted and plan.lost:
-            raise HookjacError(
-                "ggn_diag: no output of the model was met on the way down from the loss, so that it is unknown where "
-                "the loss ends and the network begins. Was the tensor that the model returned modified in place since?"
-            )
-        if "ggn" in self.wanted and bare:
-            raise HookjacError(
-                f"ggn_diag: the loss depends on parameter {bare[0]!r} by a way that passes no output of the model, so "
-                "that it does not split into a loss of outputs and a network. hess_diag has no such limit."
-            )
-        by_columns = self.roads is not None and bool(self.roads.active)
-        if "loss" in self.wanted and part.entwined:
-            raise HookjacError(
-                f"parameter {plan.names[min(part.entwined)]!r} scales the loss above the samples (after they were "
-                "reduced or flattened), so that its gradient is no sum over samples that could be told apart. Use it "
-                "inside the model's forward, or before the reduction; hess_diag and jac have no such limit."
-            )
-        if "loss" in self.wanted or by_columns:
-            for edge, g in zip(part.frontier, part.gradients, strict=True):
-                self.seeds.setdefault(edge, {})[self.loss] = g.detach().unsqueeze(0)
-        if "output" in self.wanted:
-            if len(plan.selected) != 1:
-                raise HookjacError(
-                    f"jac: {len(plan.selected)} selected outputs of the model were met on the way down from the loss, "
-                    "expected one. With several calls of the model, use one backward for each. With none, the loss "
-                    "does not use the output that extend(output=...) selects, or that tensor was modified in place "
-                    "after the model returned it. Or leave jac out."
-                )
-            self.output = self._unit("output", plan.selected)
-        if "ggn" in self.wanted or by_columns:
-            with torch.enable_grad():
-                H = loss_hessian(plan, edges)
-            if self.output is not None and edges == plan.selected:
-                self.ggn = self.output  # the same unit columns serve both
-                self.ggn.metric = H
-            elif edges:
-                self.ggn = self._unit("ggn", edges, H)
-        if by_columns and self.ggn is not None and self.roads is not None:
-            keep = bool(self.wanted & {"output", "ggn"})
-            self.bundle = Bundle(plan, self.roads.curves, self.roads.active, self.ggn, keep)
-
-    def _unit(self, name: str, edges: list[Edge], metric: Tensor | None = None) -> Group:
-        _, dtype, device = meta(edges[0])
-        like = torch.zeros((), dtype=dtype, device=device)
-        columns = unit_columns(edges, [self.plan.layout[e] for e in edges], like)
-        group = Group(name, columns[0].shape[0], metric)
-        for edge, t in zip(edges, columns, strict=True):
-            self.seeds.setdefault(edge, {})[group] = t
-        return group
-
-    def _curvature_of_penalties(self) -> None:
-        if not self.wanted & {"ggn", "hessian"}:
-            return
-        for p, g in self.plan.top.direct.items():
-            self.bent[p] = diagonal(g, edge_of(self.plan.params[p]))
+    def _walk(self) -> None:
+        for p, receipt in self.receipts.items():
+            if not receipt.open:
+                self._finish(p)
+        if self.seeds.start:
+            plan, sources = self.plan, dict[Edge, Columns]()
+            for stop in walk(plan.route, self.seeds.start, plan.through, plan.visit, plan.uses.parted):
+                self._arrive(stop, sources)
+            self._walk_masked(sources)
+        for p, receipt in self.receipts.items():
+            if receipt.open:  # asked-for columns never met it: they do not depend on it
+                self._finish(p)
 
     # On the way -------------------------------------------------------------------------------------------
 
-    def _arrive(self, stop: Stop, products: dict[int, Tensor], sources: dict[Edge, Columns]) -> None:
-        plan = self.plan
+    def _arrive(self, stop: Stop, sources: dict[Edge, Columns]) -> None:
+        plan, seeds = self.plan, self.seeds
+        bundle, roads = seeds.bundle, seeds.roads
         used = plan.uses.at.get(stop.key)
         if used:
             (edge,) = stop.incoming
@@ -163,28 +99,29 @@ class Walk:
                 for p, factor in received(plan.route, plan.uses, stop.key, G, plan.layout[edge]).items():
                     if p in self.receipts and group.owner in (None, p):
                         self.receipts[p].take(group, factor)
-            if self.bundle is not None and self.roads is not None:
-                for p, use in self.roads.crossings.get(stop.key, ()):
-                    if p in self.roads.going("columns") and (made := self.bundle.cross(stop, p, use, self.loss)):
+            if bundle is not None and roads is not None:
+                for p, use in roads.crossings.get(stop.key, ()):
+                    if p in roads.going("columns") and (made := bundle.cross(stop, p, use, seeds.loss)):
                         self.receipts[p].crossings.append(made)
             for p, _ in used:
                 self.receipts[p].open -= 1
                 if not self.receipts[p].open:
-                    self._finish(p, products)
+                    self._finish(p)
         if stop.key in plan.masked:
             for edge, columns in stop.incoming.items():
                 if edge in plan.layout:
-                    mine = {g: t for g, t in columns.items() if g in (self.loss, self.output, self.ggn)}
-                    sources[edge] = mine
-        if self.bundle is not None:
-            self.bundle.pass_station(stop, self.loss, may_reroot=not self._half_done())
+                    sources[edge] = {g: t for g, t in columns.items() if seeds.travelling(g)}
+        if bundle is not None:
+            bundle.pass_station(stop, seeds.loss, may_reroot=not self._half_done())
+        if seeds.averaging is not None:
+            seeds.averaging.pass_station(stop)
 
     def _half_done(self) -> bool:
         """Is a parameter between two of its uses? Then the columns of the first must meet those of the second."""
-        assert self.roads is not None
-        return any(self.receipts[p].factors and self.receipts[p].open for p in self.roads.going("columns"))
+        assert self.seeds.roads is not None
+        return any(self.receipts[p].factors and self.receipts[p].open for p in self.seeds.roads.going("columns"))
 
-    def _walk_masked(self, sources: dict[Edge, Columns], products: dict[int, Tensor]) -> None:
+    def _walk_masked(self, sources: dict[Edge, Columns]) -> None:
         """Columns with one sample's rows each, from where samples can be parted to the parameters no rule explains."""
         plan, route = self.plan, self.plan.route
         if not sources:
@@ -211,7 +148,7 @@ class Walk:
                     self.receipts[p].take(group, Dense(dense.transpose(0, 1), fresh=len(parts) > 1))
         for p in plan.glue:
             self.receipts[p].open = 0
-            self._finish(p, products)
+            self._finish(p)
 
     def _masked_chunk(
         self, sources: dict[Edge, Columns], group: Group, part: Group, start: int, stop: int, leaves: set[object]
@@ -254,33 +191,55 @@ class Walk:
 
     # At the parameter -------------------------------------------------------------------------------------
 
-    def _finish(self, p: int, products: dict[int, Tensor]) -> None:
+    def _finish(self, p: int) -> None:
         receipt = self.receipts[p]
+
+        @functools.cache
+        def whole(group: Group) -> Factor:
+            return total(receipt.factors[group])
+
         for q in self.quantities:
-            groups: list[Group | None]
-            if q.columns == "hessian":
-                groups = list(self.bundle.members) if self.bundle is not None else []
-            else:
-                groups = [{"loss": self.loss, "output": self.output, "ggn": self.ggn}[q.columns]]
-            got = Received(
-                param=self.plan.params[p],
-                N=self.plan.N,
-                out_shape=self.out_shape,
-                pieces=[
-                    (total(receipt.factors[g]), g.metric) for g in groups if g is not None and g in receipt.factors
-                ],
-                direct=self._direct(p),
-                bent=self.bent.get(p),
-                done=products.get(p) if q.columns == "hessian" else None,
-                crossed=[(total(receipt.factors[g]), f) for g, f in receipt.crossings if g in receipt.factors]
-                if q.columns == "hessian"
-                else (),
-            )
-            self.results[p][q.name] = q.reduce(got).detach()
+            try:
+                found = q.reduce(self._received(q, p, receipt, whole))
+            except HookjacError as error:
+                raise HookjacError(f"{q.name} of parameter {self.plan.names[p]!r}: {error}") from error
+            self.results[p][q.name] = found.detach() if isinstance(found, Tensor) else found
         receipt.factors.clear()
         receipt.crossings.clear()
         receipt.open = 0
 
-    def _direct(self, p: int) -> Tensor | None:
-        found = self.plan.top.direct.get(p)
-        return None if found is None else found.detach()
+    def _received(self, q: Quantity, p: int, receipt: Receipt, whole: Callable[[Group], Factor]) -> Received:
+        plan, seeds, wish = self.plan, self.seeds, q.wish
+        rows = seeds.some.get(wish)
+        pick = None if q.subsample is None else torch.tensor(q.subsample, device=plan.params[p].device)
+
+        def picked(factor: Factor) -> Factor:
+            return factor if pick is None else factor.samples(pick)
+
+        pieces: list[tuple[Factor, Tensor | None]] = []
+        for group in seeds.of(wish):
+            if group in receipt.factors:
+                factor = whole(group) if rows is None else whole(group).columns(rows)
+                metric = group.metric
+                pieces.append((picked(factor), metric if metric is None or pick is None else metric[pick]))
+        direct = self.direct.get(p) if isinstance(wish, (Loss, GGN, Sampled, Averaged, Hessian)) else None
+        product: Product | None = None
+        crossed: list[tuple[Factor, Factor]] = []
+        if isinstance(wish, Hessian) and seeds.roads is not None and self.products is not None:
+            road = seeds.roads.road[p]
+            if road == "features":
+                factor, metric = self.products.piece(p, full=q.full)
+                pieces = [(picked(factor), metric if pick is None else metric[pick])]
+            elif road == "entries":
+                pieces, product = [], self.products.product(p, q.subsample)
+                if p in plan.top.entwined:
+                    direct = None  # a part of that Hessian
+            else:
+                crossed = [(picked(whole(g)), picked(f)) for g, f in receipt.crossings if g in receipt.factors]
+        M = plan.N if q.subsample is None else len(q.subsample)
+        return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed)
+
+
+def _check_samples(q: Quantity, N: int) -> None:
+    if q.subsample is not None and max(q.subsample) >= N:
+        raise HookjacError(f"{q.name}: sample {max(q.subsample)} was asked for, but the batch has {N} (from 0).")

@@ -155,7 +155,7 @@ class extend:
             plan = make_plan(self._tape, loss, params, self._known, current, recomputed)
             walk = Walk(plan, self.quantities)
             results = walk.run()
-        self._explanation = explain(self.model, plan, walk.roads)
+        self._explanation = explain(self.model, plan, walk.seeds.roads)
         return results
 
 

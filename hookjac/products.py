@@ -6,6 +6,7 @@ They run over the user's own graph, so they need it to be twice differentiable, 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, gradients, meta
+from hookjac.progress import Tick, unseen
 from hookjac.samples import Layout, random, same
 
 _CHUNK = 1 << 23  # entries of one batch of tangents
-
-Tick = Callable[[float], None]  # told which fraction of the products is done
 
 
 @contextlib.contextmanager
@@ -89,3 +89,64 @@ def block(head: Tensor, edge: Edge, layout: Layout, *, diagonal_only: bool, tick
             found.append(rows.transpose(0, 1))
         tick((start + k) / D)
     return torch.cat(found, 1)
+
+
+def matrix(head: Tensor, edge: Edge, *, tick: Tick = lambda done: None) -> Tensor:
+    """d head / d edge as a whole, [P, P]: one product for each entry."""
+    shape, dtype, device = meta(edge)
+    like = torch.zeros((), dtype=dtype, device=device)
+    size = shape.numel()
+    if not head.requires_grad or size == 0:
+        return like.expand(size, size).clone()
+    found = []
+    for start, t in units(size, max(1, _CHUNK // max(1, size)), like):
+        rows = gradients([head], [edge], [t.reshape(-1, *shape)], batched=True)[0]
+        found.append(rows.reshape(t.shape[0], size))
+        tick((start + t.shape[0]) / size)
+    full = torch.cat(found)
+    return (full + full.T) / 2
+
+
+class Product:
+    """The Hessian of a sum of samples' losses (or of a penalty) in one parameter, by double backward.
+
+    name: of the parameter. edge: where its gradient flows. heads: from numbers of samples to their gradient,
+    differentiable; None stands for all that are asked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        edge: Edge,
+        heads: Callable[[Sequence[int] | None], Tensor],
+        samples: Sequence[int] = (),
+        work: Callable[[], contextlib.AbstractContextManager[Tick]] = unseen,
+    ) -> None:
+        self.name, self.edge, self.samples = name, edge, samples
+        self._heads, self._work = heads, work
+
+    @functools.cached_property
+    def head(self) -> Tensor:
+        """The gradient itself, [*p]."""
+        return self._heads(None)
+
+    @functools.cached_property
+    def _diagonal(self) -> Tensor:
+        with second_backward([self.name]), torch.enable_grad(), self._work() as tick:
+            return diagonal(self.head, self.edge, tick=tick)
+
+    def diagonal(self) -> Tensor:  # -> [*p]
+        return self._diagonal
+
+    def diagonals(self) -> Tensor:  # -> [M, *p]
+        """Of each sample by itself."""
+        found = []
+        with second_backward([self.name]), torch.enable_grad(), self._work() as tick:
+            for k, n in enumerate(self.samples):
+                found.append(diagonal(self._heads([n]), self.edge))
+                tick((k + 1) / len(self.samples))
+        return torch.stack(found) if found else torch.zeros((0, *meta(self.edge)[0]))
+
+    def matrix(self) -> Tensor:  # -> [P, P]
+        with second_backward([self.name]), torch.enable_grad(), self._work() as tick:
+            return matrix(self.head, self.edge, tick=tick)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+Tick = Callable[[float], None]  # told which fraction of some work is done
 
 _PATIENCE = 5.0  # seconds before a bar appears
 
@@ -14,13 +16,13 @@ class Progress:
     """Counts towards `total` (any unit: FLOPs, chunks) and shows a tqdm bar once it has taken too long.
 
     with Progress("hess_diag", total) as progress:
-        with progress.part(amount):
-            progress.fraction(0.5)  # half of that amount is done
+        with progress.part(amount) as tick:
+            tick(0.5)  # half of that amount is done
     """
 
     def __init__(self, what: str, total: float) -> None:
         self._what, self._total = what, total
-        self._done, self._amount = 0.0, 0.0
+        self._done = 0.0
         self._start = time.monotonic()
         self._bar: Any = None
 
@@ -32,14 +34,11 @@ class Progress:
             self._bar.close()
 
     @contextlib.contextmanager
-    def part(self, amount: float) -> Iterator[None]:
-        self._amount = amount
-        yield
+    def part(self, amount: float) -> Iterator[Tick]:
+        """A piece of the work; what it gives is to be told which fraction of that piece is done."""
+        yield lambda done: self._show(self._done + done * amount)
         self._show(self._done + amount)
         self._done += amount
-
-    def fraction(self, done: float) -> None:
-        self._show(self._done + done * self._amount)
 
     def _show(self, done: float) -> None:
         if self._bar is None:
@@ -59,3 +58,9 @@ def _new_bar(what: str, total: float) -> Any:
     except ImportError:
         return None
     return tqdm(desc=what, total=total, unit_scale=True, leave=False)
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[Tick]:
+    """Work that is always short."""
+    yield lambda done: None

@@ -12,18 +12,21 @@ N samples · D features of one sample at a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from hookjac.curvature import bends, features, unit_columns, worth_rerooting
 from hookjac.errors import HookjacError
+from hookjac.factor import Factor
 from hookjac.graph import Edge, edge_of, gradients
 from hookjac.plan import Plan, reachable
-from hookjac.products import block, diagonal, second_backward
-from hookjac.progress import Progress
-from hookjac.quantity import Road
+from hookjac.products import Product, block, second_backward
+from hookjac.progress import Progress, Tick
+from hookjac.quantity.record import Road
 from hookjac.route import Columns, Group, Key, walk
 from hookjac.uses import Use, can_mix, received, straight
 
@@ -259,27 +262,77 @@ def refuse_endless(plan: Plan, roads: Roads, limit: float) -> None:
 # Products ---------------------------------------------------------------------------------------------------
 
 
-def by_products(plan: Plan, roads: Roads) -> dict[int, Tensor]:
-    """The diagonals of all parameters that go by double backward."""
-    chosen = [p for p in plan.names if roads.road[p] != "columns"]
-    if not chosen:
-        return {}
-    edges: list[Edge] = []
-    for p in chosen:
-        by_features = roads.road[p] == "features"
-        edges.append(plan.route.outs[plan.uses.of[p][0].key][0] if by_features else edge_of(plan.params[p]))
-    unique = list(dict.fromkeys(edges))
-    with second_backward([plan.names[p] for p in chosen]):
-        first = gradients([plan.top.loss], unique, [None], create_graph=True)
-    heads = dict(zip(unique, first, strict=True))
-    found: dict[int, Tensor] = {}
-    blocks: dict[tuple[Edge, bool], Tensor] = {}
-    with Progress("hess_diag, FLOPs", sum(roads.cost.values())) as progress:
-        for p, edge in zip(chosen, edges, strict=True):
-            with second_backward([plan.names[p]]), progress.part(roads.cost[p]):
-                _demand_twice(plan, p)
-                found[p] = _by_product(plan, roads.road[p], p, edge, heads[edge], blocks, progress)
-    return found
+class Products:
+    """What double backward gives each parameter that goes by it, made when it is asked for."""
+
+    def __init__(self, plan: Plan, roads: Roads, progress: Progress) -> None:
+        self._plan, self._roads, self._progress = plan, roads, progress
+        self._heads: dict[Edge, Tensor] = {}
+        self._blocks: dict[tuple[Edge, bool], Tensor] = {}
+        self._pieces: dict[tuple[int, bool], tuple[Factor, Tensor]] = {}
+
+    def check(self) -> None:
+        """Refuse at once what a second backward of the user's graph would get wrong, or not get."""
+        chosen = [p for p in self._plan.names if self._roads.road[p] != "columns"]
+        for p in chosen:
+            with second_backward([self._plan.names[p]]):
+                _demand_twice(self._plan, p)
+        by_loss = [p for p in chosen if self._roads.road[p] == "features" or p in self._plan.top.entwined]
+        unique = list(dict.fromkeys(self._edge(p) for p in by_loss))
+        if not unique:
+            return
+        with second_backward([self._plan.names[p] for p in by_loss]), torch.enable_grad():
+            found = gradients([self._plan.top.loss], unique, [None], create_graph=True)
+        self._heads = dict(zip(unique, found, strict=True))
+
+    def _edge(self, p: int) -> Edge:
+        by_features = self._roads.road[p] == "features"
+        return self._plan.route.outs[self._plan.uses.of[p][0].key][0] if by_features else edge_of(self._plan.params[p])
+
+    def piece(self, p: int, *, full: bool) -> tuple[Factor, Tensor]:
+        """By features: what unit columns of the layer's output become, and the loss's curvature there.
+
+        full: off-diagonal entries of the parameter's block are wanted, too.
+        """
+        if (p, full) in self._pieces:
+            return self._pieces[p, full]
+        plan, edge = self._plan, self._edge(p)
+        layout, head = plan.layout[edge], self._heads[edge]
+        columns = unit_columns([edge], [layout], head.new_zeros(()))[0]
+        factor = received(plan.route, plan.uses, plan.uses.of[p][0].key, columns, layout, only=p)[p]
+        parted = factor.parted() and not full
+        if (edge, parted) not in self._blocks:
+            with second_backward([plan.names[p]]), torch.enable_grad(), self._work(p) as tick:
+                self._blocks[edge, parted] = block(head, edge, layout, diagonal_only=parted, tick=tick)
+        self._pieces[p, full] = factor, self._blocks[edge, parted]
+        return self._pieces[p, full]
+
+    def product(self, p: int, samples: Sequence[int] | None) -> Product:
+        """By entries: the Hessian of all samples, or of some."""
+        plan, edge = self._plan, edge_of(self._plan.params[p])
+        part = plan.top
+
+        def heads(which: Sequence[int] | None) -> Tensor:
+            which = samples if which is None else which
+            if p in part.entwined:
+                if which is None:
+                    return self._heads[edge]
+                raise HookjacError(
+                    f"parameter {plan.names[p]!r} scales the loss above the samples, so that its Hessian is no sum "
+                    "over samples that could be told apart. hess_diag of all samples has no such limit."
+                )
+            masked = list(part.gradients)
+            for k, g in enumerate(masked if which is not None else ()):
+                mask = torch.zeros(plan.N, *[1] * (g.dim() - 1), dtype=g.dtype, device=g.device)
+                mask[list(which or ())] = 1
+                masked[k] = g * mask
+            return gradients(part.real, [edge], masked, create_graph=True)[0]
+
+        alone = range(plan.N) if samples is None else samples
+        return Product(plan.names[p], edge, heads, alone, lambda: self._work(p))
+
+    def _work(self, p: int) -> contextlib.AbstractContextManager[Tick]:
+        return self._progress.part(self._roads.cost[p])
 
 
 def _demand_twice(plan: Plan, p: int) -> None:
@@ -288,23 +341,3 @@ def _demand_twice(plan: Plan, p: int) -> None:
     plan.route.demand_twice(on_the_way)
     if not plan.route.reopened.isdisjoint(on_the_way):
         raise RuntimeError("a reentrant checkpoint has none")
-
-
-def _by_product(
-    plan: Plan,
-    road: Road,
-    p: int,
-    edge: Edge,
-    head: Tensor,
-    blocks: dict[tuple[Edge, bool], Tensor],
-    progress: Progress,
-) -> Tensor:
-    if road == "entries":
-        return diagonal(head, edge, tick=progress.fraction)
-    layout = plan.layout[edge]
-    columns = unit_columns([edge], [layout], head.new_zeros(()))[0]
-    factor = received(plan.route, plan.uses, plan.uses.of[p][0].key, columns, layout, only=p)[p]
-    parted = factor.parted()
-    if (edge, parted) not in blocks:
-        blocks[edge, parted] = block(head, edge, layout, diagonal_only=parted, tick=progress.fraction)
-    return factor.quad(blocks[edge, parted])

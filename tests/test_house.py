@@ -24,12 +24,13 @@ from hookjac import rule
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hookjac"
 
-# each may import only from those before it; the files of `factor` and of `layers` share a place
+# each may import only from those before it; the files of a folder share a place
 ORDER = [
     "errors", "samples", "graph", "checkpoints", "progress", "products", "factor", "rule", "layers", "tape", "route",
-    "uses", "kinks", "loss", "plan", "quantity", "curvature", "roads", "engine", "explain", "extend", "", "testing",
-    "demo", "__main__",
+    "uses", "kinks", "loss", "plan", "quantity", "curvature", "roads", "seeds", "engine", "explain", "extend", "",
+    "testing", "demo", "__main__",
 ]  # fmt: skip
+FOLDERS = ["factor", "layers", "quantity"]
 
 
 def run(*command: str, **more: object) -> subprocess.CompletedProcess[str]:
@@ -64,7 +65,7 @@ def test_imports_run_downward() -> None:
         here = ORDER.index(place)
         for name in imported(path):
             above = ORDER.index(name)
-            together = name == place and name in ("factor", "layers")
+            together = name == place and name in FOLDERS
             assert above < here or together, f"{path.name} imports {name or 'hookjac'}"
 
 
@@ -100,7 +101,12 @@ def test_lowest_torch_is_stated_once_and_is_what_runs_here() -> None:
 
 def test_only_the_library_is_installed() -> None:
     include = setup_cfg()["options.packages.find"]["include"].split()
-    assert sorted(find_packages(str(ROOT), include=include)) == ["hookjac", "hookjac.factor", "hookjac.layers"]
+    assert sorted(find_packages(str(ROOT), include=include)) == [
+        "hookjac",
+        "hookjac.factor",
+        "hookjac.layers",
+        "hookjac.quantity",
+    ]
 
 
 def test_public_names_are_documented_and_sorted() -> None:

@@ -68,6 +68,9 @@ class Dense:
     def quad_each(self, metric: Tensor) -> Tensor:  # -> [N, *p]
         return quad_rows(self._flat(), metric).reshape(self.N, *self.param)
 
+    def mix(self, R: Tensor) -> Dense:  # R [N, W, V]: other columns, made of these
+        return Dense(torch.einsum("nwv,vn...->wn...", R, self.t), fresh=True)
+
     def norms(self) -> Tensor:  # -> [V, N], squared
         return self._flat().square().sum(2)
 

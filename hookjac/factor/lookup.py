@@ -83,6 +83,9 @@ class Lookup:
         found = one._quads(metric, one.sample * self.rows + one.row, self.N * self.rows)
         return found.reshape(self.N, *self.param)
 
+    def mix(self, R: Tensor) -> Lookup:  # R [N, W, V]: other columns, made of these
+        return replace(self, g=torch.einsum("mwv,vmd->wmd", R[self.sample], self.g))
+
     def norms(self) -> Tensor:  # -> [V, N], squared
         one = self.merged()
         return self.g.new_zeros(self.V, self.N).index_add(1, one.sample, one.g.square().sum(2))

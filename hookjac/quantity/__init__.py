@@ -1,0 +1,87 @@
+"""The quantities: a record each, by family. Importing this registers their names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+from hookjac.quantity.curvature import (
+    GGNBlock,
+    GGNDiag,
+    GGNDiagMC,
+    GGNDiagSample,
+    GGNSqrt,
+    HessBlock,
+    HessDiag,
+    HessDiagSample,
+)
+from hookjac.quantity.gradient import GradSample, GradSampleGram, GradSampleNorm, GradSqSum, GradVar
+from hookjac.quantity.jacobian import Jac
+from hookjac.quantity.record import Hessian, Quantity, Received
+
+__all__ = [
+    "GGNBlock",
+    "GGNDiag",
+    "GGNDiagMC",
+    "GGNDiagSample",
+    "GGNSqrt",
+    "GradSample",
+    "GradSampleGram",
+    "GradSampleNorm",
+    "GradSqSum",
+    "GradVar",
+    "HessBlock",
+    "HessDiag",
+    "HessDiagSample",
+    "Jac",
+    "Quantity",
+    "Received",
+    "names",
+    "parse",
+]
+
+_QUANTITIES: dict[str, Callable[[], Quantity]] = {
+    "grad_sample": GradSample,
+    "grad_sample_norm": GradSampleNorm,
+    "grad_sample_gram": GradSampleGram,
+    "grad_sq_sum": GradSqSum,
+    "grad_var": GradVar,
+    "jac": Jac,
+    "ggn_diag": GGNDiag,
+    "ggn_diag_sample": GGNDiagSample,
+    "ggn_diag_mc": GGNDiagMC,
+    "ggn_sqrt": GGNSqrt,
+    "ggn_block": GGNBlock,
+    "hess_diag": HessDiag,
+    "hess_diag_sample": HessDiagSample,
+    "hess_block": HessBlock,
+}
+
+
+def names() -> list[str]:
+    return list(_QUANTITIES)
+
+
+def parse(asked: Sequence[str | Quantity]) -> list[Quantity]:
+    """Names and records to records; the three basic ones if nothing was asked."""
+    found: dict[str, Quantity] = {}
+    for item in asked or ("grad_sample", "jac", "hess_diag"):
+        if isinstance(item, str):
+            if item not in _QUANTITIES:
+                near = difflib.get_close_matches(item, _QUANTITIES, n=1, cutoff=0.4)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown quantity {item!r}{hint} Known: {', '.join(_QUANTITIES)}.")
+            item = _QUANTITIES[item]()
+        if not isinstance(item, Quantity):
+            hint = f"; call it: {item.__name__}()" if item in _QUANTITIES.values() else ""
+            raise TypeError(
+                "a quantity is a name or a record such as hookjac.HessDiag(), "
+                f"got {type(item).__name__}: {item!r}{hint}"
+            )
+        if item.name in found:
+            raise ValueError(f"quantity {item.name!r} was asked for twice")
+        found[item.name] = item
+    ways = {q.wish for q in found.values() if isinstance(q.wish, Hessian)}
+    if len(ways) > 1:
+        raise ValueError("quantities of the Hessian share one walk: give them the same road and flop_limit")
+    return list(found.values())

@@ -1,0 +1,142 @@
+"""Quantities of each sample's own gradient. N samples · p the parameter's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hookjac.factor import Dense, Factor, add_gram
+from hookjac.quantity.record import Quantity, Received, chosen
+
+Samples = Sequence[int] | Tensor | None
+
+
+def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Samples = None) -> Quantity:
+    """`p.grad_sample` [N, *p]: the gradient of the n-th summand of the loss, exact to rounding.
+
+    It refers to the loss as it was reduced: `p.grad_sample.sum(0) == p.grad`. `loss_reduction="mean"` multiplies by
+    N, the scale that Opacus expects under a mean loss. A part of the loss that passes through no sample (an L2
+    penalty) is shared equally by the N samples. subsample: numbers of the samples wanted. Units: loss / parameter.
+    Cost: about one backward, and writing N times the parameters.
+    """
+    if loss_reduction not in ("sum", "mean"):
+        raise ValueError(f"loss_reduction must be 'sum' or 'mean', got {loss_reduction!r}")
+
+    def reduce(got: Received) -> Tensor:
+        out = own(got.factor)[0] if got.factor is not None else got.zeros(got.M)
+        if got.direct is not None:
+            out = out + got.direct.head / got.N
+        out = out * got.N if loss_reduction == "mean" else out
+        return out.to(got.param.dtype).contiguous()  # autocast works in another
+
+    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample))
+
+
+def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
+    """`p.grad_sample_norm` [N]: the L2 norm of each sample's gradient for this parameter, exact to rounding.
+
+    Nothing of size N P is built: for a layer with one position a product of two norms, with several the inner
+    products of positions, or single samples' gradients in turn, whichever is cheaper (Goodfellow 2015, Rochette et
+    al. 2019). For the whole model: the root of the sum of squares over parameters. Units: loss / parameter. Cost:
+    about one backward.
+    """
+
+    def reduce(got: Received) -> Tensor:
+        return squares(got).clamp(min=0).sqrt().to(got.param.dtype)
+
+    return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample))
+
+
+def GradSampleGram(*, subsample: Samples = None) -> Quantity:
+    """`p.grad_sample_gram` [N, N]: inner products between the samples' gradients for this parameter, exact.
+
+    Sums over parameters are those of the whole model. Nothing of size N P is built for dense layers and tables. Units:
+    (loss / parameter)². Cost: about one backward.
+    """
+
+    def reduce(got: Received) -> Tensor:
+        out = got.zeros(got.M).new_zeros(got.M, 1, got.M, 1)
+        if got.factor is not None:
+            add_gram(out, got.factor, got.factor)
+        out = out[:, 0, :, 0]
+        if got.direct is not None:
+            with_it, itself = _shared(got)
+            out = out + with_it[:, None] + with_it[None, :] + itself
+        return out.to(got.param.dtype)
+
+    return Quantity(name="grad_sample_gram", columns="loss", reduce=reduce, subsample=chosen(subsample))
+
+
+def GradSqSum(*, subsample: Samples = None) -> Quantity:
+    """`p.grad_sq_sum` [*p]: the sum over samples of the squared gradients, entry by entry, exact to rounding.
+
+    It refers to the loss as it was reduced: under a mean loss, N² times this is the sum in the natural scale. Units:
+    (loss / parameter)². Cost: about one backward.
+    """
+    return Quantity(name="grad_sq_sum", columns="loss", reduce=_sq_sum, subsample=chosen(subsample))
+
+
+def GradVar(*, subsample: Samples = None) -> Quantity:
+    """`p.grad_var` [*p]: the population variance over samples of N times the gradient (the natural scale).
+
+    N times, so that under a mean loss it is the variance of single losses' gradients. Exact to rounding relative to
+    the mean square: where the samples hardly differ, few digits are left. Units: (loss / parameter)². Cost: about one
+    backward.
+    """
+
+    def reduce(got: Received) -> Tensor:
+        ones = torch.ones(1, 1, got.M, dtype=got.param.dtype, device=got.param.device)
+        mean = got.zeros() if got.factor is None else _back(got.factor, ones) / got.M
+        if got.direct is not None:
+            mean = mean + got.direct.head / got.N
+        found = got.N**2 * (_sq_sum(got) / got.M - mean.square())
+        return found.clamp(min=0).to(got.param.dtype)
+
+    return Quantity(name="grad_var", columns="loss", reduce=reduce, subsample=chosen(subsample))
+
+
+def _back(factor: Factor, U: Tensor) -> Tensor:
+    return factor.back(U.to(factor.tensors[0].dtype))[0]
+
+
+def _sq_sum(got: Received) -> Tensor:
+    out, factor = got.zeros(), got.factor
+    if factor is not None:
+        ones = torch.ones(got.M, 1, dtype=factor.tensors[0].dtype, device=out.device)
+        out = out + factor.quad(ones)
+    if got.direct is not None:
+        share = got.direct.head / got.N
+        if factor is not None:
+            out = out + 2 * share * _back(factor, torch.ones(1, 1, got.M, dtype=out.dtype, device=out.device))
+        out = out + got.M * share.square()
+    return out.to(got.param.dtype)
+
+
+def squares(got: Received) -> Tensor:  # -> [M]
+    """Squared norms of the samples' gradients."""
+    out = got.zeros(got.M).new_zeros(got.M)
+    if got.factor is not None:
+        out = out + got.factor.norms()[0]
+    if got.direct is not None:
+        with_it, itself = _shared(got)
+        out = out + 2 * with_it + itself
+    return out
+
+
+def _shared(got: Received) -> tuple[Tensor, Tensor]:
+    """Inner products of each sample's share of a penalty with its own gradient [M], and with itself."""
+    assert got.direct is not None
+    share = got.direct.head / got.N
+    with_it = share.new_zeros(got.M)
+    if got.factor is not None:
+        with_it = got.factor.times(share.unsqueeze(0).to(got.factor.tensors[0].dtype))[0, 0]
+    return with_it, share.square().sum()
+
+
+def own(factor: Factor) -> Tensor:
+    """The dense contribution in memory of its own: results must not be views of each other or of the graph."""
+    t = factor.dense()
+    return t.clone(memory_format=torch.contiguous_format) if isinstance(factor, Dense) and not factor.fresh else t

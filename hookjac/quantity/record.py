@@ -1,0 +1,214 @@
+"""What a quantity is: a name, the columns it asks for, and what it makes of what a parameter receives from them.
+
+V columns · N samples · C entries of one sample's output · p the parameter's shape, P its entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hookjac.factor import Factor, paired
+from hookjac.products import Product
+
+Road = Literal["auto", "columns", "features", "entries"]  # how a Hessian is found; see `roads`
+
+
+# Which columns travel. Quantities with equal wishes share them ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss gradient: V = 1."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Unit columns of the selected output: V = C, or those of some of its entries."""
+
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class GGN:
+    """Unit columns of all outputs that the loss uses, with the loss's Hessian in them as metric."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Random columns whose second moment is that Hessian, each sample drawing its own: V = samples."""
+
+    samples: int = 1
+    generator: torch.Generator | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+            raise ValueError(f"samples must be a positive integer, got {self.samples!r}")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """As GGN, but the curvature is averaged over the samples at every step down (KFRA)."""
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """As GGN, and every bend of the network itself."""
+
+    road: Road = "auto"
+    flop_limit: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.road not in ("auto", "columns", "features", "entries"):
+            raise ValueError(f"road must be 'auto', 'columns', 'features' or 'entries', got {self.road!r}")
+        if not self.flop_limit > 0:
+            raise ValueError(f"flop_limit must be a positive number of FLOPs, got {self.flop_limit!r}")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """No columns: products by double backward, on a graph that is kept alive. curved: "ggn" or "hessian"."""
+
+    curved: Literal["ggn", "hessian"]
+
+
+Wish = Loss | Output | GGN | Sampled | Averaged | Hessian | Graph
+_WISHES: dict[str, Callable[[], Wish]] = {"loss": Loss, "output": Output, "ggn": GGN, "hessian": Hessian}
+
+
+# What came of them -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Received:
+    """All that one parameter got from the columns a quantity asked for, of the samples it asked for.
+
+    param: the parameter. N: how many samples the batch has; M: how many were asked for. out_shape: of one sample's
+    selected output.
+    pieces: for each group of columns the factor [V, M, *p] and, for curvature, its metric.
+    direct: products with the second derivative of what reaches the parameter through no sample (a penalty), and
+    `direct.head`, its gradient. product: products with the parameter's Hessian, where no columns give it.
+    crossed: for a parameter whose uses feed each other, pairs whose product is half of what they add to the Hessian.
+    """
+
+    param: Tensor
+    N: int
+    M: int
+    out_shape: torch.Size
+    pieces: Sequence[tuple[Factor, Tensor | None]] = ()
+    direct: Product | None = None
+    product: Product | None = None
+    crossed: Sequence[tuple[Factor, Factor]] = ()
+
+    @property
+    def factor(self) -> Factor | None:
+        """What arrived of the one group of columns that was asked for; None if nothing did."""
+        return self.pieces[0][0] if self.pieces else None
+
+    @property
+    def share(self) -> float:
+        """What these samples have of a penalty, which all samples share equally."""
+        return self.M / self.N if self.N else 1.0
+
+    def zeros(self, *lead: int) -> Tensor:
+        """[*lead, *p] in the parameter's own precision."""
+        return torch.zeros((*lead, *self.param.shape), dtype=self.param.dtype, device=self.param.device)
+
+    def columns(self) -> Tensor:
+        """[V, M, *p]: the one group of columns as a dense tensor; each sample has its share of a penalty."""
+        factor = self.factor
+        out = self.zeros(1, self.M) if factor is None else factor.dense()
+        return out if self.direct is None else out + self.direct.head.detach() / self.N
+
+    def diagonal(self) -> Tensor:
+        """[*p]: the diagonal of the curvature."""
+        out = self.zeros()
+        for factor, metric in self.pieces:
+            assert metric is not None
+            out = out + factor.quad(metric)
+        for lower, upper in self.crossed:
+            out = out + 2 * paired(lower, upper)
+        return self._with(out, lambda product: product.diagonal(), self.share)
+
+    def diagonals(self) -> Tensor:
+        """[M, *p]: the diagonal of each sample's own curvature."""
+        out = self.zeros(self.M)
+        for factor, metric in self.pieces:
+            assert metric is not None
+            out = out + factor.quad_each(metric)
+        for lower, upper in self.crossed:
+            out = out + 2 * (lower.dense() * upper.dense()).sum(0)
+        if self.product is not None:
+            out = out + self.product.diagonals()
+        return out if self.direct is None else out + self.direct.diagonal() / self.N
+
+    def block(self) -> Tensor:
+        """[P, P]: the curvature itself."""
+        P = self.param.numel()
+        out = torch.zeros(P, P, dtype=self.param.dtype, device=self.param.device)
+        for factor, metric in self.pieces:
+            out = out + factor.block(metric)
+        for lower, upper in self.crossed:
+            A, B = (f.dense().reshape(f.V * f.N, P) for f in (lower, upper))
+            out = out + A.T @ B + B.T @ A
+        return self._with(out, lambda product: product.matrix(), self.share)
+
+    def _with(self, out: Tensor, what: Callable[[Product], Tensor], share: float) -> Tensor:
+        if self.product is not None:
+            out = out + what(self.product)
+        return out if self.direct is None else out + what(self.direct) * share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """A name (and attribute), the columns it wants, and how it reduces what a parameter received.
+
+    name: where the result goes: `p.<name>`.
+    columns: "loss" (the loss gradient, V = 1), "output" (unit columns of the selected output, V = C), "ggn" (the same
+        for all outputs the loss uses, with the loss's Hessian as metric), "hessian" (those and every bend); or one of
+        the records that these names stand for, with options.
+    reduce: from a `Received` to the result.
+    subsample: numbers of the samples it is about; None: all.
+    full: it needs `Received.block` of the Hessian, not its diagonal only.
+    """
+
+    name: str
+    columns: Wish | str
+    reduce: Callable[[Received], Any]
+    subsample: tuple[int, ...] | None = None
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or hasattr(Tensor, self.name):
+            raise ValueError(f"a quantity's name becomes an attribute of parameters; {self.name!r} cannot")
+        if isinstance(self.columns, str):
+            if self.columns not in _WISHES:
+                raise ValueError(f"columns must be one of {', '.join(map(repr, _WISHES))}, got {self.columns!r}")
+            object.__setattr__(self, "columns", _WISHES[self.columns]())
+
+    @property
+    def wish(self) -> Wish:
+        assert not isinstance(self.columns, str)
+        return self.columns
+
+    @property
+    def curved(self) -> bool:
+        """Does it need second derivatives?"""
+        return not isinstance(self.columns, (Loss, Output))
+
+
+def chosen(samples: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    """`subsample=` and `outputs=` as given, as numbers."""
+    if samples is None:
+        return None
+    found = samples.tolist() if isinstance(samples, Tensor) else list(samples)
+    if not found or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found):
+        raise ValueError(f"expected numbers of samples or outputs, counted from 0, got {samples!r}")
+    return tuple(found)

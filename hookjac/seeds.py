@@ -1,0 +1,192 @@
+"""Which columns start where, for all that the quantities wish for; equal wishes share theirs.
+
+V columns · N samples · C entries of one sample's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hookjac.curvature import Averaging, Bundle, cut, loss_hessian, unit_columns
+from hookjac.errors import HookjacError
+from hookjac.graph import Edge, meta
+from hookjac.plan import Plan
+from hookjac.quantity.record import GGN, Averaged, Graph, Hessian, Loss, Output, Sampled, Wish
+from hookjac.roads import Roads, choose, refuse_endless
+from hookjac.route import Columns, Group
+
+
+class Seeds:
+    """The columns of one backward. `asked`: each wish, with the name of a quantity that has it."""
+
+    def __init__(self, plan: Plan, asked: Mapping[Wish, str]) -> None:
+        self.plan, self.asked = plan, asked
+        self.start: dict[Edge, Columns] = {}
+        self.loss = Group("loss", 1)  # it travels, too, where the Hessian's columns need it
+        self.groups: dict[Wish, Group] = {}
+        self.some: dict[Wish, Tensor] = {}  # numbers of the columns of a group that are meant
+        self.bundle: Bundle | None = None
+        self.averaging: Averaging | None = None
+        self.roads: Roads | None = None
+        self.edges: list[Edge] = []  # where the loss ends and the network begins
+        if plan.N:
+            self._seed()
+
+    def of(self, wish: Wish) -> list[Group]:
+        """The groups that make up what was wished for."""
+        if isinstance(wish, Hessian):
+            return list(self.bundle.members) if self.bundle is not None else []
+        if isinstance(wish, Averaged):
+            return list(self.averaging.members) if self.averaging is not None else []
+        return [self.groups[wish]] if wish in self.groups else []
+
+    def travelling(self, group: Group) -> bool:
+        """Does this group carry what parameters that no rule explains must have, too?"""
+        averaged = self.averaging is not None and group in self.averaging.members
+        return averaged or group in self.groups.values()
+
+    def _named(self, *kinds: type) -> str | None:
+        return next((name for wish, name in self.asked.items() if isinstance(wish, kinds)), None)
+
+    def _seed(self) -> None:
+        plan = self.plan
+        bare: list[str] = []
+        if self._named(GGN, Sampled, Averaged, Hessian, Graph):
+            self.edges, bare = cut(plan)
+        self._choose_roads(bare)
+        by_columns = self.roads is not None and bool(self.roads.active)
+        gauss_newton = self._named(GGN, Sampled, Averaged) or ("ggn_mp" if Graph("ggn") in self.asked else None)
+        if gauss_newton:
+            self._demand_outputs(gauss_newton, bare)
+        if self._named(Loss):
+            self._demand_summands()
+        if self._named(Loss) or by_columns:
+            for edge, g in zip(plan.top.frontier, plan.top.gradients, strict=True):
+                self.start.setdefault(edge, {})[self.loss] = g.detach().unsqueeze(0)
+            self.groups[Loss()] = self.loss
+        self._seed_outputs()
+        if self._named(GGN, Sampled, Averaged) or by_columns:
+            with torch.enable_grad():
+                self._seed_curvature(loss_hessian(plan, self.edges), by_columns)
+
+    def _choose_roads(self, bare: list[str]) -> None:
+        wishes = [wish for wish in self.asked if isinstance(wish, Hessian)]
+        if wishes:
+            (wish,) = wishes
+            with torch.enable_grad():
+                self.roads = choose(self.plan, self.edges, bare, wish.road)
+            refuse_endless(self.plan, self.roads, wish.flop_limit)
+
+    def _demand_outputs(self, name: str, bare: list[str]) -> None:
+        if self.plan.lost:
+            raise HookjacError(
+                f"{name}: no output of the model was met on the way down from the loss, so that it is unknown where "
+                "the loss ends and the network begins. Was the tensor that the model returned modified in place since?"
+            )
+        if bare:
+            raise HookjacError(
+                f"{name}: the loss depends on parameter {bare[0]!r} by a way that passes no output of the model, so "
+                "that it does not split into a loss of outputs and a network. hess_diag has no such limit."
+            )
+
+    def _demand_summands(self) -> None:
+        part = self.plan.top
+        if part.entwined:
+            raise HookjacError(
+                f"parameter {self.plan.names[min(part.entwined)]!r} scales the loss above the samples (after they were "
+                "reduced or flattened), so that its gradient is no sum over samples that could be told apart. Use it "
+                "inside the model's forward, or before the reduction; hess_diag and jac have no such limit."
+            )
+
+    def _seed_outputs(self) -> None:
+        wishes = [wish for wish in self.asked if isinstance(wish, Output)]
+        if not wishes:
+            return
+        selected = self.plan.selected
+        if len(selected) != 1:
+            raise HookjacError(
+                f"{self._named(Output)}: {len(selected)} selected outputs of the model were met on the way down from "
+                "the loss, expected one. With several calls of the model, use one backward for each. With none, the "
+                "loss does not use the output that extend(output=...) selects, or that tensor was modified in place "
+                "after the model returned it. Or leave jac out."
+            )
+        (edge,) = selected
+        C = edge.shape[1:].numel()
+        rows = sorted({r for wish in wishes for r in (range(C) if wish.rows is None else wish.rows)})
+        if rows and rows[-1] >= C:
+            raise HookjacError(
+                f"{self._named(Output)}: outputs={rows[-1]} was asked for, but one sample's output of shape "
+                f"{tuple(edge.shape[1:])} has {C} entries (numbered from 0 in row-major order)."
+            )
+        group = Group("output", len(rows))
+        self._enter(group, [edge], [t[rows] if len(rows) < C else t for t in self._units([edge])])
+        for wish in wishes:
+            self.groups[wish] = group
+            if wish.rows is not None:
+                self.some[wish] = torch.tensor([rows.index(r) for r in wish.rows], device=meta(edge)[2])
+
+    def _seed_curvature(self, H: Tensor, by_columns: bool) -> None:
+        plan, edges = self.plan, self.edges
+        if not edges:
+            return
+        output = self.groups.get(Output())
+        first: Group | None = None
+        if self._named(GGN) or by_columns:
+            if output is not None and edges == plan.selected:
+                first = output  # the same unit columns serve both
+                first.metric = H
+            else:
+                first = Group("ggn", H.shape[1], H)
+                self._enter(first, edges, self._units(edges))
+            self.groups[GGN()] = first
+        for wish in self.asked:
+            if isinstance(wish, Sampled):
+                columns, metric = draw(H, wish)
+                self.groups[wish] = Group("sampled", len(columns), metric)
+                self._enter(self.groups[wish], edges, self._apart(columns))
+        if by_columns and self.roads is not None and first is not None:
+            keep = bool(self._named(GGN)) or first is output
+            self.bundle = Bundle(plan, self.roads.curves, self.roads.active, first, keep)
+        if self._named(Averaged):
+            mean = Group("averaged", H.shape[1], H.mean(0).expand_as(H))
+            self._enter(mean, edges, self._units(edges))
+            self.averaging = Averaging(plan, mean)
+
+    def _enter(self, group: Group, edges: list[Edge], columns: list[Tensor]) -> None:
+        for edge, t in zip(edges, columns, strict=True):
+            self.start.setdefault(edge, {})[group] = t
+
+    def _units(self, edges: list[Edge]) -> list[Tensor]:
+        _, dtype, device = meta(edges[0])
+        return unit_columns(edges, [self.plan.layout[e] for e in edges], torch.zeros((), dtype=dtype, device=device))
+
+    def _apart(self, columns: Tensor) -> list[Tensor]:  # [V, N, C] -> [V, *tensor] each
+        N, layout = self.plan.N, self.plan.layout
+        parts = columns.split([e.shape.numel() // N for e in self.edges], 2)
+        return [
+            layout[edge].join(t.reshape(len(columns), N, -1), edge.shape).to(meta(edge)[1])
+            for edge, t in zip(self.edges, parts, strict=True)
+        ]
+
+
+def draw(H: Tensor, wish: Sampled) -> tuple[Tensor, Tensor]:  # H [N, C, C] -> [V, N, C], metric
+    """Random columns with second moment H: its root times random signs.
+
+    Where H has negative eigenvalues there is no real root: two columns u and w for each draw, with E[u wᵀ] = H.
+    """
+    K, (N, C, _) = wish.samples, H.shape
+    values, vectors = torch.linalg.eigh(H)
+    device = wish.generator.device if wish.generator is not None else H.device
+    signs = torch.randint(0, 2, (K, N, C), generator=wish.generator, device=device).to(H) * 2 - 1
+    size = values.abs().sqrt()
+    u = torch.einsum("ncd,knd->knc", vectors * size.unsqueeze(1), signs)
+    rounding = C * torch.finfo(H.dtype).eps * values.abs().amax(1, keepdim=True) if H.numel() else values
+    if bool((values >= -rounding).all()):
+        return u, H.new_full((N, K), 1 / K)
+    w = torch.einsum("ncd,knd->knc", vectors * (size * values.sign()).unsqueeze(1), signs)
+    eye = torch.eye(K, dtype=H.dtype, device=H.device) / (2 * K)
+    pairs = torch.cat([torch.cat([0 * eye, eye], 1), torch.cat([eye, 0 * eye], 1)])
+    return torch.cat([u, w]), pairs.expand(N, 2 * K, 2 * K)
