@@ -23,8 +23,12 @@ def is_reentrant(node: Node) -> bool:
 
 
 def is_hidden(node: Node) -> bool:
-    """Does a non-reentrant checkpoint hold what this node saved?"""
-    return next(_holders(node), None) is not None
+    """Does a non-reentrant checkpoint hold what this node saved, or what the one below that it reshapes did?"""
+    for _ in range(4):
+        if node is None or attributes(node, "_raw_saved_"):
+            break
+        node = next((below for below, _ in node.next_functions if below is not None), None)
+    return node is not None and next(_holders(node), None) is not None
 
 
 def reopen(node: Node) -> tuple[list[Tensor], dict[Edge, Edge], tuple[Any, ...]]:
@@ -85,7 +89,7 @@ class Recomputed:
         for node in nodes:
             for holder in _holders(node):
                 if holder not in self._kept:
-                    self._kept[holder], holder.handles = holder.handles, _Handles()
+                    self._kept[holder], holder.handles = holder.handles, _Handles(holder.handles)
 
 
 class _Handles(dict[Any, Any]):

@@ -150,7 +150,7 @@ class Bundle:
         (data,) = self.plan.uses.data(self.plan.route, stop.key)
         (edge, arrived) = next(iter(stop.incoming.items()))
         like = arrived[loss].new_zeros(())
-        (columns,) = unit_columns([data], [self.plan.layout[data]], like)
+        (columns,) = unit_columns([data], [self.plan.layout[data]], like.to(meta(data)[1]))
         factor = mixed(self.plan.route, use, arrived[loss][0], columns, self.plan.layout[edge])
         if factor is None:
             return None
@@ -211,7 +211,7 @@ class Bundle:
         group = Group(name, metric.shape[1], metric)
         columns = unit_columns(edges, [self.plan.layout[e] for e in edges], metric.new_zeros(()))
         for edge, t in zip(edges, columns, strict=True):
-            stop.outgoing.setdefault(edge, {})[group] = t
+            stop.outgoing.setdefault(edge, {})[group] = t.to(meta(edge)[1])  # autocast has several precisions
         self.members.append(group)
 
     def _reroot(self, stop: Stop, alive: list[Edge], curve: list[Edge] | None, metric: Tensor | None) -> None:
@@ -280,7 +280,7 @@ class Averaging:
         fresh = Group("averaged", D, mean.expand(N, D, D))
         columns = unit_columns(alive, [self.plan.layout[e] for e in alive], mean.new_zeros(()))
         for edge, t in zip(alive, columns, strict=True):
-            stop.outgoing.setdefault(edge, {})[fresh] = t
+            stop.outgoing.setdefault(edge, {})[fresh] = t.to(meta(edge)[1])
         self.members.append(fresh)
 
     def _carries(self, stop: Stop, edge: Edge, group: Group) -> bool:

@@ -128,7 +128,7 @@ class extend:
             for q in self.quantities:
                 vars(p).pop(q.name, None)  # nobody shall read the last step's after an error
         # a graph made outside inference mode is differentiable inside it, but only once
-        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model):
+        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled():
             results = self._results(list(tensors), list(weights), params)
         answer = call()
         for p in params.values():
@@ -157,6 +157,21 @@ class extend:
             results = walk.run()
         self._explanation = explain(self.model, plan, walk.seeds.roads)
         return results
+
+
+@contextlib.contextmanager
+def _compiled() -> Iterator[None]:
+    """Say in our words that a compiled backward can run only once."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise HookjacError(
+            "the model was compiled and had run before this block, so that its backward gives its buffers away and can "
+            "run only once. Compile inside the block, or extend the model that torch.compile was given (`_orig_mod`), "
+            "or set torch._functorch.config.donated_buffer = False before the first forward."
+        ) from error
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -269,11 +269,13 @@ def gradients(
     V = cotangents[0].shape[0] if batched and cotangents[0] is not None else 0
     if not batched:
         found = once(cotangents, False)
+    elif V == 1:
+        found = [None if t is None else t[None] for t in once([None if c is None else c[0] for c in cotangents], False)]
     else:
         try:
             found = once(cotangents, True)
             # some kernels answer a batch wrongly (GroupNorm's second derivative, torch 2.13); their sum gives them away
-            if V > 1 and not _adds_up(found, once([None if c is None else c.sum(0) for c in cotangents], False)):
+            if not _adds_up(found, once([None if c is None else c.sum(0) for c in cotangents], False)):
                 found = looped()
         except Exception:  # an error of its own comes again from here
             found = looped()

@@ -111,8 +111,7 @@ def make_plan(
     names = {id(p): name for name, p in params.items()}
     rejected: set[Edge] = set()
     while True:
-        route = Route(tape, [edge_of(loss)], rejected)
-        recomputed.meet(key for key in route.order if key not in route.calls)
+        route = Route(tape, [edge_of(loss)], recomputed, rejected)
         selected, outputs, N = _outputs(route)
         _check_parameters(route, names, known, current)
         needed = route.needed(names.keys())
@@ -325,7 +324,13 @@ def _inherited(route: Route, u: Tensor, consumers: Collection[Key], layout: Mapp
 
 
 def _batch_statistics(key: Key) -> bool:
-    return type(key).__name__.endswith("BatchNormBackward0") and bool(getattr(key, "_saved_training", False))
+    """A batch norm with the statistics of several rows; with one row it is how PyTorch writes an instance norm."""
+    name = type(key).__name__
+    return name.endswith("BatchNormBackward0") and bool(getattr(key, "_saved_training", False)) and _rows(key) > 1
+
+
+def _rows(key: Key) -> int:
+    return Edge(key, 0).shape[0]
 
 
 def _entangled(route: Route, edge: Edge) -> HookjacError:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookjac.checkpoints import is_reentrant, reopen
+from hookjac.checkpoints import Recomputed, is_reentrant, reopen
 from hookjac.graph import Edge, Node, attributes, children, differentiable_once, edge_of, meta, ordered, pull
 from hookjac.rule import Call
 from hookjac.samples import tolerance
@@ -42,8 +42,11 @@ Columns = dict[Group, Tensor]  # of one tensor
 class Route:
     """All stations between a loss and the tracked leaves, consumers before producers."""
 
-    def __init__(self, tape: Tape, starts: Iterable[Edge], rejected: Collection[Edge] = ()) -> None:
+    def __init__(
+        self, tape: Tape, starts: Iterable[Edge], recomputed: Recomputed, rejected: Collection[Edge] = ()
+    ) -> None:
         self.tape = tape
+        self._recomputed = recomputed
         self.rejected = set(rejected)
         self._alias: dict[Edge, Edge] = {}
         self._outer: dict[Edge, Edge] = {}  # an output within a checkpoint -> the checkpoint's
@@ -56,6 +59,7 @@ class Route:
             [self.key(edge) for edge in self.starts],
             lambda key: [self.key(edge) for edge in self._explore(key) if edge is not None],
         )
+        recomputed.meet(key for key in self.order if key not in self.calls)
 
     def constants(self, key: Key) -> list[Tensor]:
         """Tensors without a gradient that enter at a station: data, masks, indices."""
@@ -147,6 +151,7 @@ class Route:
 
     def _open(self, node: Node) -> None:
         """Splice the graph of a reentrant checkpoint into ours."""
+        self._recomputed.meet([node])
         outputs, joints, held = reopen(node)
         for nr, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor) and tensor.requires_grad:

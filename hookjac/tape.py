@@ -112,7 +112,7 @@ class Tape:
 
     def install(self) -> None:
         # a compiler that is at work must call the hooks, not trace them; if it is not loaded, do not load it
-        plain = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda hook: hook
+        plain = _uncompiled if "torch._dynamo" in sys.modules else lambda hook: hook
         self._handles = [
             hooks.register_module_forward_pre_hook(plain(self._before)),
             hooks.register_module_forward_hook(plain(self._after), with_kwargs=True),
@@ -190,8 +190,8 @@ class Tape:
         if rule is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             return
         x = inputs[0]
-        # autocast: the node computes in another precision than the rule would
-        if x.dtype != output.dtype or torch.is_autocast_enabled(x.device.type):
+        # autocast: the node computes in another precision than the rule would; complex: rules are for real numbers
+        if x.dtype != output.dtype or x.is_complex() or torch.is_autocast_enabled(x.device.type):
             return
         source = edge_of(x) if x.requires_grad else None
         mark = self._note(output)
@@ -252,6 +252,12 @@ class Tape:
             mark = self._note(chosen)
             mark.selected = True
             mark.output = mark.output or "output"
+
+
+def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The reason is what PyTorch says where a model was compiled with fullgraph=True."""
+    why = "hookjac's forward hooks run uncompiled: inside an extend block, compile without fullgraph=True"
+    return torch.compiler.disable(hook, reason=why)
 
 
 def mixing_batchnorm(where: str) -> HookjacError:

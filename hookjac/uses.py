@@ -62,8 +62,8 @@ def find_uses(route: Route, names: Mapping[int, str], below: Collection[Key], la
         if rule is None or key not in below:
             continue
         edge = Edge(key, 0)
-        if route.outs[key] != [edge] or edge not in layout:
-            continue
+        if route.outs[key] != [edge] or edge not in layout or meta(edge)[1].is_complex:
+            continue  # the rules' formulas are those of real numbers
         for slot in rule.slots:
             operand = route.after[key][slot] if slot < len(route.after[key]) else None
             if operand is None or not rule.fits(key, slot, layout[edge]):
@@ -86,6 +86,8 @@ def _follow(route: Route, operand: Edge) -> tuple[Tensor | None, tuple[Edge, ...
             return leaf, tuple(chain)
         after = [e for e in route.after[key] if e is not None]
         if key in route.calls or len(after) != 1:
+            return None, ()
+        if meta(operand)[1].is_complex:
             return None, ()
         chain.append(operand)
         operand = after[0]

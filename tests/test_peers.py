@@ -131,7 +131,7 @@ ROWS = [
     Row("cdist", lambda: Fn(lambda m, x: m.b(torch.cdist(m.a(x).unsqueeze(1), m.c.unsqueeze(0)).squeeze(1)),
                             a=nn.Linear(D, 3), b=nn.Linear(4, C), c=par(4, 3)), hessian=False),
     Row("padding_idx", words(lambda: nn.Embedding(5, 3, padding_idx=1)), (3,), ids=5),
-    Row("scale_grad_by_freq", words(lambda: nn.Embedding(5, 3)), (3,), ids=5),
+    Row("scale_grad_by_freq", words(lambda: nn.Embedding(5, 3, scale_grad_by_freq=True)), (3,), ids=5, hessian=False),
     *[Row(f"a bag with a repeated id, {mode}", words(lambda mode=mode: nn.EmbeddingBag(3, 3, mode=mode)), (5,), ids=3,
           hessian=False)
       for mode in ("sum", "mean", "max")],
@@ -167,7 +167,7 @@ def mlp() -> nn.Module:
 
 
 def test_the_frequency_scale_is_that_of_the_whole_batch() -> None:
-    """`scale_grad_by_freq` is no derivative: each sample's part of what `.grad` becomes, and jac without a scale."""
+    """`scale_grad_by_freq` is no derivative: each sample's part of what `.grad` becomes."""
     e = nn.Embedding(5, 3, scale_grad_by_freq=True)
     ids = torch.tensor([[0, 1], [1, 1], [2, 0]])
     with extend(e, "grad_sample"):

@@ -65,6 +65,20 @@ def test_autocast_to_bfloat16(name: str) -> None:
              lambda: torch.autocast("cpu", torch.bfloat16), 0.06)  # fmt: skip
 
 
+def inside(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+        return m.c(m.b(m.a(x).tanh()).tanh()).to(x.dtype)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_several_precisions_on_the_way(outside: bool) -> None:
+    """Autocast within the forward, and a residual stream that stays in the wider precision."""
+    pre_norm = Fn(lambda m, x: x + m.b(F.gelu(m.a(m.n(x)))), n=nn.LayerNorm(4), a=nn.Linear(4, 8), b=nn.Linear(8, 4))
+    model = pre_norm if outside else Fn(inside, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, C))
+    compared(model.float(), torch.randn(N, 4, dtype=torch.float32),
+             lambda: torch.autocast("cpu", torch.bfloat16, enabled=outside), 0.06)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float32, 1e-4)])
 def test_low_precision_models(name: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -137,14 +151,61 @@ def test_a_checkpoint_runs_once_for_us_and_once_for_the_user(asked: tuple[str, .
         assert [block.runs for block in body] == [3] * 5
 
 
-def test_what_a_checkpoint_throws_away_is_gone() -> None:
-    model = Fn(lambda m, x: checkpoint(m.body, m.a(x), use_reentrant=False), a=nn.Linear(D, 4),
-               body=nn.Sequential(Block(), nn.Linear(4, 4), nn.Tanh(), Block()))  # fmt: skip
+class Sine(nn.Module):
+    """Its output is nobody's but the next layer's; notes its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Any]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.sin()
+        self.made.append(weakref.ref(h.untyped_storage()))
+        return h
+
+
+@pytest.mark.parametrize("more", [(), (3,)])
+def test_what_a_checkpoint_throws_away_is_gone(more: tuple[int, ...]) -> None:
+    body = nn.Sequential(Sine(), nn.Linear(4, 4), Sine(), nn.Tanh(), Sine(), nn.Linear(4, 4))
+    model = Fn(lambda m, x: checkpoint(m.body, m.a(x), use_reentrant=False), a=nn.Linear(D, 4), body=body)
+    noting = [layer for layer in body if isinstance(layer, Sine)]
     with extend(model, *ALL):
-        loss = random_loss(model(torch.randn(N, D)))
-        assert [made() for block in (model.body[0], model.body[3]) for made in block.made] == [None, None]
+        loss = random_loss(model(torch.randn(N, *more, D)))
+        assert [made() for layer in noting for made in layer.made] == [None] * 3
         loss.backward()
-        assert all(made() is None for block in (model.body[0], model.body[3]) for made in block.made)
+        assert all(made() is None for layer in noting for made in layer.made)
+
+
+@pytest.mark.parametrize("shape", [(D,), (3, D)])
+def test_checkpoints_above_a_layer_used_twice(shape: tuple[int, ...]) -> None:
+    """Its Hessian goes by products, through tensors that were computed again."""
+
+    def block(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.n(x))  # type: ignore[no-any-return]
+
+    parts = {"a": nn.Linear(D, 4), "n": nn.LayerNorm(4), "o": nn.Linear(4, 4)}
+    model = Fn(lambda m, x: checkpoint(block, m, checkpoint(block, m, m.a(x), use_reentrant=False),
+                                       use_reentrant=False), **parts)  # fmt: skip
+    plain = Fn(lambda m, x: block(m, block(m, m.a(x))), **parts)
+    x = torch.randn(N, *shape)
+    wanted = expected(plain, lambda: plain(x), random_loss)
+    with extend(model, *ALL):
+        random_loss(model(x)).backward()
+    compare(model, wanted, ALL)
+
+
+def test_a_reentrant_checkpoint_within_another() -> None:
+    def inner(m: Any, h: Tensor) -> Tensor:
+        return checkpoint(lambda h: m.c(h).tanh(), m.b(h), use_reentrant=True)  # type: ignore[no-any-return]
+
+    parts = {"a": nn.Linear(D, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, C)}
+    model = Fn(lambda m, x: checkpoint(inner, m, m.a(x), use_reentrant=False), **parts)
+    plain = Fn(lambda m, x: m.c(m.b(m.a(x))).tanh(), **parts)
+    x = torch.randn(N, D)
+    wanted = expected(plain, lambda: plain(x), random_loss)
+    with extend(model, *ALL):
+        random_loss(model(x)).backward()
+    compare(model, wanted, ALL)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])

@@ -241,6 +241,29 @@ def test_complex_numbers_on_the_way(how: str) -> None:
     exact(model, lambda: model(x))
 
 
+SPECTRA: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...]]] = {
+    "filter": (lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(m.w), n=4), (3, 2), (4,)),
+    "real filter": (lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * m.w, n=4), (3,), (4,)),
+    "real bias": (lambda m, x: torch.fft.irfft(torch.fft.rfft(x) + m.w, n=4), (3,), (4,)),
+    "mix": (lambda m, x: torch.fft.irfft(torch.einsum("nix,iox->nox", torch.fft.rfft(x), torch.view_as_complex(m.w)),
+                                         n=4), (2, 2, 3, 2), (2, 4)),
+    "convolution": (lambda m, x: torch.fft.irfft(torch.fft.rfft(x, n=8) * torch.fft.rfft(m.w, n=8), n=8)[..., :4], (4,),
+                    (2, 4)),
+    "product": (lambda m, x: torch.view_as_real(torch.fft.rfft(x) @ torch.view_as_complex(m.w)), (3, 2, 2), (4,)),
+    "vector": (lambda m, x: torch.view_as_real(torch.mv(torch.fft.rfft(x), torch.view_as_complex(m.w))), (3, 2), (4,)),
+    "quotient": (lambda m, x: torch.view_as_real(torch.view_as_complex(m.w) / (torch.fft.rfft(x) + 5)), (3, 2), (4,)),
+    "activation": (lambda m, x: torch.view_as_real(m.act(torch.fft.rfft(x * m.w))), (4,), (4,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPECTRA)
+def test_real_parameters_of_spectra(how: str) -> None:
+    """Rules are for real numbers; of complex ones they would forget the conjugate."""
+    forward, shape, data = SPECTRA[how]
+    model, x = Fn(lambda m, x: forward(m, x).sin().flatten(1), w=par(*shape), act=nn.Tanh()), torch.randn(3, *data)
+    exact(model, lambda: model(x))
+
+
 def test_sparse_embeddings() -> None:
     model = Fn(lambda m, x: m.b(m.e(x).mean(1)), e=nn.Embedding(7, 4, sparse=True), b=nn.Linear(4, C))
     other = copy.deepcopy(model)
@@ -518,6 +541,30 @@ def test_compiled_models() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_before_the_block(fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C)), torch.randn(N, D)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    random_loss(compiled(x)).backward()
+    with pytest.raises(HookjacError, match="was compiled and had run before this block"), extend(compiled, *ALL):
+        random_loss(compiled(x)).backward()
+    wanted = expected(model, lambda: model(x), random_loss)
+    with extend(compiled._orig_mod, *ALL):
+        random_loss(compiled._orig_mod(x)).backward()
+    compare(model, wanted, ALL)
+    torch._dynamo.reset()
+
+
+def test_compiled_as_one_graph() -> None:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(nn.Linear(D, C), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="inside an extend block, compile without fullgraph=True"):
+        with extend(compiled, *ALL):
+            compiled(torch.randn(N, D))
+    torch._dynamo.reset()
+
+
 def test_compiled_loss_has_no_second_derivative() -> None:
     torch._dynamo.reset()
     model, y = nn.Linear(D, C), torch.tensor([0, 1, 2, 0])
@@ -775,3 +822,47 @@ def test_an_output_made_of_parameters_alone_still_has_samples() -> None:
     for net in (model, alone):
         x = torch.randn(N, D)
         exact(net, lambda net=net, x=x: net(x))
+
+
+# What a batch of one hides, and what vanishes ---------------------------------------------------------------------
+
+
+def test_a_single_number_below_a_group_norm() -> None:
+    """PyTorch's batched second derivative of GroupNorm is wrong for a batch of one, too."""
+    x = torch.randn(2, 2, 2)
+    for f in (
+        lambda m, x: (x * m.s).sin() * m.s,
+        lambda m, x: (m.s.exp() * x).sin(),
+        lambda m, x: torch.softmax(x / m.s, -1),
+    ):
+        model = Fn(lambda m, x, f=f: m.n(f(m, x)).tanh(), s=nn.Parameter(torch.tensor([0.7])), n=nn.GroupNorm(1, 2))
+        exact(model, lambda model=model: model(x))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_instance_norms_where_no_sample_can_be_seen(n: int) -> None:
+    """Below zeros, one sample at a time, or some samples only: no reason to think that samples mix."""
+    x, zero = torch.randn(n, 2, 3, 3), nn.Conv2d(2, 1, 2)
+    nn.init.zeros_(zero.weight)
+    nn.init.zeros_(zero.bias)  # type: ignore[arg-type]
+    conv = lambda: nn.Conv2d(2, 2, 1)
+    for model in (
+        nn.Sequential(conv(), nn.InstanceNorm2d(2, affine=True), nn.Tanh(), zero, nn.Flatten()),
+        Fn(lambda m, x: (x + m.s * m.n(m.c(x)).tanh()).flatten(1).sin(), c=conv(), n=nn.InstanceNorm2d(2),
+           s=nn.Parameter(torch.zeros(1))),
+        Fn(lambda m, x: torch.stack([m.n(m.c(t[None]))[0] for t in x]).flatten(1).sin(), c=conv(),
+           n=nn.InstanceNorm2d(2)),
+        Fn(lambda m, x: torch.cat([m.n(m.c(x[:1])), m.c(x[1:])]).flatten(1).sin(), c=conv(),
+           n=nn.InstanceNorm2d(2)),
+    ):  # fmt: skip
+        exact(model, lambda model=model: model(x))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_scaled_by_frequency_are_as_pytorch_has_them(mode: str) -> None:
+    model = nn.EmbeddingBag(5, 1, mode=mode, scale_grad_by_freq=True)
+    ids = torch.tensor([[0, 1, 1], [2, 3, 0]])
+    with extend(model, "grad_sample"):
+        random_loss(model(ids)).backward()
+    assert model.weight.grad is not None
+    close(model.weight.grad_sample.sum(0), model.weight.grad, mode)

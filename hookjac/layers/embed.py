@@ -40,7 +40,7 @@ def _embedding_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
 
 def _bag_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, bags, d]
     row, offsets = node._saved_indices, node._saved_offsets
-    bags, (rows, d) = G.shape[1], operand(node, 0)
+    bags, d = G.shape[1], G.shape[2]
     bag = torch.searchsorted(offsets[:bags].contiguous(), torch.arange(len(row), device=row.device), right=True) - 1
     keep = row != signed(node._saved_padding_idx)
     sample = _sample_of(layout, bags, row.device)
@@ -54,8 +54,6 @@ def _bag_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G 
         weight = weight * node._saved_per_sample_weights.detach()
     if node._saved_mode == 1:
         weight = weight / filled.clamp(min=1)[bag]
-    if node._saved_scale_grad_by_freq:
-        weight = weight / _counts(row, rows, torch.ones_like(row))[row]
     return Lookup(G[:, bag] * weight.unsqueeze(1), row, sample[bag], layout.N, operand(node, 0))
 
 
@@ -66,6 +64,11 @@ def _not_features(node: Node, slot: int, layout: Layout) -> bool:
 register(
     NodeRule(name="embedding", nodes=("EmbeddingBackward0",), slots=(0,), fits=_not_features, part=_embedding_part)
 )
-register(
-    NodeRule(name="embedding bag", nodes=("EmbeddingBagBackward0",), slots=(0,), fits=_not_features, part=_bag_part)
-)
+
+
+def _bag_fits(node: Node, slot: int, layout: Layout) -> bool:
+    # scaled by frequency, PyTorch's own gradient is not what its documentation says (seen on 2.13): its node is right
+    return _not_features(node, slot, layout) and not node._saved_scale_grad_by_freq
+
+
+register(NodeRule(name="embedding bag", nodes=("EmbeddingBagBackward0",), slots=(0,), fits=_bag_fits, part=_bag_part))
