@@ -8,7 +8,9 @@ with hookjac.extend(model):
 from hookjac import layers as layers
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
+from hookjac.kronecker import Kronecker, KroneckerEigen
 from hookjac.quantity import (
+    KFAC,
     GGNBlock,
     GGNDiag,
     GGNDiagMC,
@@ -31,6 +33,7 @@ from hookjac.rule import NodeRule, Rule, register
 __version__ = "0.1.0"
 
 __all__ = [
+    "KFAC",
     "GGNBlock",
     "GGNDiag",
     "GGNDiagMC",
@@ -46,6 +49,8 @@ __all__ = [
     "HessDiagSample",
     "HookjacError",
     "Jac",
+    "Kronecker",
+    "KroneckerEigen",
     "NodeRule",
     "Quantity",
     "Received",

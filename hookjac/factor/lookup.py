@@ -112,6 +112,27 @@ class Lookup:
             met = one.g[:, here].transpose(0, 1) @ two.g[:, there].permute(1, 2, 0)  # [pairs, V, V']
             out.transpose(1, 2).index_put_((one.sample[here], two.sample[there]), met, accumulate=True)
 
+    def kron(self, metric: Tensor | None, *, reduce: bool) -> tuple[Tensor, Tensor]:
+        """A, of which each lookup touches one diagonal entry: [rows], or with `reduce` (see `Outer.kron`) [rows, rows];
+        and B [d, d]."""
+        g, sample = self.g, self.sample
+        if reduce:
+            each = torch.zeros(self.N, self.rows, dtype=g.dtype, device=g.device)
+            each = each.index_put((sample, self.row), g.new_ones(len(self.row)), accumulate=True)
+            each = each / each.sum(1, keepdim=True).clamp(min=1)
+            A = each.T @ each / max(1, self.N)
+            g = g.new_zeros(self.V, self.N, g.shape[2]).index_add(1, sample, g)
+            return A, summed_block(g, metric)
+        A = torch.bincount(self.row, minlength=self.rows).to(g.dtype) / max(1, len(self.row))
+        return A, summed_block(g, None if metric is None else metric[sample])
+
+    def rotated(self, Q_A: Tensor | None, Q_B: Tensor) -> Lookup | Dense:
+        """In another basis of rows Q_A [1, rows, rows] (None: the same) and of features Q_B [1, d, d]."""
+        turned = replace(self, g=self.g @ Q_B[0])
+        if Q_A is None:
+            return turned
+        return Dense(torch.einsum("vnrd,rs->vnsd", turned.dense(), Q_A[0]))
+
     def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
         return summed_block(self.dense().reshape(self.V, self.N, self.param.numel()), metric)
 

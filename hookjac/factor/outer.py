@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor.dense import Dense
-from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block
+from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block, weighed
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,22 @@ class Outer:
             total = found if total is None else total + found
         P = self.param.numel()
         return self.a.new_zeros(P, P) if total is None else total
+
+    def kron(self, metric: Tensor | None, *, reduce: bool) -> tuple[Tensor, Tensor]:
+        """A [B, i, i] and B [B, o, o] of the Kronecker-factored curvature.
+
+        Positions are samples of their own; with `reduce` there is one for each sample, with the mean of their inputs
+        and the sum of their columns (Eschenhagen et al. 2023).
+        """
+        g, a = (self.g.sum(3, keepdim=True), self.a.mean(2, keepdim=True)) if reduce else (self.g, self.a)
+        A = torch.einsum("nbli,nblj->bij", a, a) / max(1, a.shape[0] * a.shape[2])
+        W = weighed(g, metric)
+        return A, torch.einsum("vnblo,vnblp->bop", W, g.to(W.dtype))
+
+    def rotated(self, Q_A: Tensor | None, Q_B: Tensor) -> Outer:
+        """In another basis of inputs Q_A [B, i, i] and outputs Q_B [B, o, o]."""
+        a = self.a if Q_A is None else torch.einsum("nbli,bij->nblj", self.a, Q_A)
+        return replace(self, g=torch.einsum("vnblo,bop->vnblp", self.g.to(Q_B.dtype), Q_B), a=a)
 
     def alike(self, other: Outer) -> bool:
         """Do both lay the parameter out in the same way, so that positions can be put side by side?"""

@@ -30,12 +30,14 @@ def _embedding_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
     along = [1] * index.dim()
     along[layout.axis] = -1
     sample = _sample_of(layout, index.shape[layout.axis], index.device).view(along).expand(index.shape)
-    row = index.reshape(-1)
-    weight = (row != signed(node._saved_padding_idx)).to(G.dtype)
+    row, sample, g = index.reshape(-1), sample.reshape(-1), G.reshape(G.shape[0], -1, G.shape[-1])
     if node._saved_scale_grad_by_freq:
-        weight = weight / _counts(row, rows, torch.ones_like(row))[row]
-    g = G.reshape(G.shape[0], -1, G.shape[-1]) * weight.unsqueeze(1)
-    return Lookup(g, row, sample.reshape(-1), layout.N, operand(node, 0))
+        g = g / _counts(row, rows, torch.ones_like(row))[row].unsqueeze(1)
+    padding = signed(node._saved_padding_idx)
+    if padding >= 0:
+        keep = row != padding
+        row, sample, g = row[keep], sample[keep], g[:, keep]
+    return Lookup(g, row, sample, layout.N, operand(node, 0))
 
 
 def _bag_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, bags, d]

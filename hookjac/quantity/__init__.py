@@ -17,9 +17,11 @@ from hookjac.quantity.curvature import (
 )
 from hookjac.quantity.gradient import GradSample, GradSampleGram, GradSampleNorm, GradSqSum, GradVar
 from hookjac.quantity.jacobian import Jac
+from hookjac.quantity.kronecker import KFAC
 from hookjac.quantity.record import Hessian, Quantity, Received
 
 __all__ = [
+    "KFAC",
     "GGNBlock",
     "GGNDiag",
     "GGNDiagMC",
@@ -55,6 +57,7 @@ _QUANTITIES: dict[str, Callable[[], Quantity]] = {
     "hess_diag": HessDiag,
     "hess_diag_sample": HessDiagSample,
     "hess_block": HessBlock,
+    "kfac": KFAC,
 }
 
 

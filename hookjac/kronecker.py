@@ -1,0 +1,168 @@
+"""Kronecker-factored matrices over one parameter, and the same in the basis of their eigenvectors.
+
+For a weight [o, i] in memory order the matrix is B (x) A: entry ((o, i), (o', i')) is B[o, o'] A[i, i']. A is the input
+side, B the output side. Groups (of a convolution) are blocks on the diagonal.
+
+b groups · o/i output/input features · P entries of the parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """`p.kfac`: the curvature of one parameter as B (x) A.
+
+    A: [i, i], or its diagonal [i] (a table's rows), or [b, i, i] with groups; None for a bias, or whatever else has no
+    input side, where B alone is the matrix. B: [o, o], or [b, o, o]. shape: the parameter's. swapped: the parameter is
+    [i, o] in memory order, so that the matrix is A (x) B.
+
+    `to_dense()`, `K @ v` for v [*p] or [k, *p], `trace()`, `logdet(damping)`, `inverse(damping)`, `solve(v, damping)`,
+    `eigen()`; sums and multiples, as moving averages of the factors need them, through `lerp`.
+    """
+
+    A: Tensor | None
+    B: Tensor
+    shape: torch.Size
+    swapped: bool = False
+
+    @property
+    def _a(self) -> Tensor:  # [b, i, i]
+        if self.A is None:
+            return torch.ones(self._b.shape[0], 1, 1, dtype=self.B.dtype, device=self.B.device)
+        full = torch.diag(self.A) if self.A.dim() == 1 else self.A
+        return full if full.dim() == 3 else full.unsqueeze(0)
+
+    @property
+    def _b(self) -> Tensor:  # [b, o, o]
+        return self.B if self.B.dim() == 3 else self.B.unsqueeze(0)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        t = self._open(v)
+        left = torch.einsum("bop,kbpi->kboi", self._b, t)
+        if self.A is not None and self.A.dim() == 1:
+            return self._close(left * self.A, v)
+        return self._close(torch.einsum("kboi,bij->kboj", left, self._a), v)
+
+    def _open(self, v: Tensor) -> Tensor:  # [*p] or [k, *p] -> [k, b, o, i]
+        if v.shape[v.dim() - len(self.shape) :] != self.shape or v.dim() - len(self.shape) not in (0, 1):
+            raise ValueError(f"expected a vector of shape [*p] or [k, *p] with p = {tuple(self.shape)}, got {v.shape}")
+        b, o = self._b.shape[:2]
+        i = 1 if self.A is None else self.A.shape[-1]
+        t = v.reshape(-1, b, *((i, o) if self.swapped else (o, i)))
+        return t.transpose(2, 3) if self.swapped else t
+
+    def _close(self, t: Tensor, v: Tensor) -> Tensor:
+        return (t.transpose(2, 3) if self.swapped else t).reshape(v.shape)
+
+    def to_dense(self) -> Tensor:
+        """[P, P], in the parameter's row-major order."""
+        pairs = zip(self._a.contiguous(), self._b.contiguous(), strict=True)
+        return torch.block_diag(*[torch.kron(A, B) if self.swapped else torch.kron(B, A) for A, B in pairs])
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, a number."""
+        traces = [t.diagonal(dim1=1, dim2=2).sum(1) for t in (self._a, self._b)]
+        return (traces[0] * traces[1]).sum()
+
+    def lerp(self, other: Kronecker, weight: float) -> Kronecker:
+        """Factor by factor: self + weight (other - self), what a moving average does with every new batch."""
+        A = None if self.A is None or other.A is None else torch.lerp(self.A, other.A, weight)
+        return replace(self, A=A, B=torch.lerp(self.B, other.B, weight))
+
+    def damped(self, damping: float, *, pi: bool = True) -> Kronecker:
+        """(B + sqrt(damping) / pi) (x) (A + sqrt(damping) pi), with pi balancing the two (Martens & Grosse 2015).
+
+        pi² is the mean of A's diagonal over that of B's; 1 with `pi=False`. Without A, B + damping.
+        """
+        if self.A is None:
+            return replace(self, B=self._raised(self.B, damping))
+        ratio: float | Tensor = 1.0
+        if pi:
+            means = [t.diagonal(dim1=1, dim2=2).mean() for t in (self._a, self._b)]
+            found = (means[0] / means[1]).sqrt()
+            ratio = torch.where(torch.isfinite(found) & (found > 0), found, torch.ones_like(found))
+        root = math.sqrt(damping)
+        return replace(self, A=self._raised(self.A, root * ratio), B=self._raised(self.B, root / ratio))
+
+    @staticmethod
+    def _raised(t: Tensor, by: float | Tensor) -> Tensor:
+        return t + by * (1 if t.dim() == 1 else torch.eye(t.shape[-1], dtype=t.dtype, device=t.device))
+
+    def inverse(self, damping: float = 0.0, *, pi: bool = True) -> Kronecker:
+        """The inverse of `damped(damping)`, again a Kronecker product; by Cholesky. Error where that is singular."""
+        damped = self.damped(damping, pi=pi) if damping else self
+
+        def inverted(t: Tensor) -> Tensor:
+            return 1 / t if t.dim() == 1 else torch.cholesky_inverse(torch.linalg.cholesky(t))
+
+        return replace(damped, A=None if damped.A is None else inverted(damped.A), B=inverted(damped.B))
+
+    def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
+        """(B (x) A + damping)⁻¹ v, exactly damped: by eigenvectors. v [*p] or [k, *p]."""
+        return self.eigen().solve(v, damping)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """The logarithm of the determinant of B (x) A + damping."""
+        return self.eigen().logdet(damping)
+
+    def eigen(self) -> KroneckerEigen:
+        """The same in the basis of its eigenvectors."""
+        values, vectors = torch.linalg.eigh(self._b)
+        if self.A is not None and self.A.dim() == 1:
+            outer = values.unsqueeze(2) * self.A
+            return KroneckerEigen(None, vectors, outer, self)
+        first, basis = torch.linalg.eigh(self._a)
+        return KroneckerEigen(basis, vectors, values.unsqueeze(2) * first.unsqueeze(1), self)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerEigen:
+    """Q diag(values) Qᵀ with Q = Q_B (x) Q_A, the eigenvectors of `source`.
+
+    Q_A: [b, i, i], None where it is the identity. Q_B: [b, o, o]. values: [b, o, i]; with EKFAC they are not those of
+    `source` but the diagonal of the exact curvature in that basis (George et al. 2018).
+    """
+
+    Q_A: Tensor | None
+    Q_B: Tensor
+    values: Tensor
+    source: Kronecker
+
+    def rotate(self, t: Tensor, *, back: bool = False) -> Tensor:  # [k, b, o, i] -> same
+        """Qᵀ t; Q t with `back`."""
+        t = torch.einsum("bop,kbpi->kboi" if back else "bpo,kbpi->kboi", self.Q_B, t)
+        if self.Q_A is None:
+            return t
+        return torch.einsum("kbpj,bij->kbpi" if back else "kbpj,bji->kbpi", t, self.Q_A)
+
+    def _apply(self, v: Tensor, values: Tensor) -> Tensor:
+        t = self.rotate(self.rotate(self.source._open(v)) * values, back=True)
+        return self.source._close(t, v)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self._apply(v, self.values)
+
+    def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
+        """(Q diag(values) Qᵀ + damping)⁻¹ v. v [*p] or [k, *p]."""
+        return self._apply(v, 1 / (self.values + damping))
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """The logarithm of the determinant, with damping added to every eigenvalue."""
+        return (self.values + damping).log().sum()
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues."""
+        return self.values.sum()
+
+    def to_dense(self) -> Tensor:
+        """[P, P], in the parameter's row-major order."""
+        P = self.source.shape.numel()
+        units = torch.eye(P, dtype=self.values.dtype, device=self.values.device)
+        return (self @ units.reshape(P, *self.source.shape)).reshape(P, P)

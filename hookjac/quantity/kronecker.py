@@ -1,0 +1,105 @@
+"""Kronecker-factored curvature. N samples · L shared positions · V columns · p the parameter's shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hookjac.errors import HookjacError
+from hookjac.factor import Dense, Factor, Lookup, Outer
+from hookjac.kronecker import Kronecker, KroneckerEigen
+from hookjac.quantity.gradient import Samples
+from hookjac.quantity.record import GGN, Averaged, Loss, Quantity, Received, Sampled, Wish, chosen
+
+_SMALL = 1 << 13  # entries of a parameter without an input side: its B is the whole block
+
+
+def KFAC(
+    *,
+    fisher: Literal["mc", "exact", "empirical", "kfra"] = "mc",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    sharing: Literal["expand", "reduce"] = "expand",
+    corrected: bool = False,
+    subsample: Samples = None,
+) -> Quantity:
+    """`p.kfac`, a `Kronecker(A, B)`: the parameter's curvature, approximately B (x) A in row-major order.
+
+    For a weight, A = mean of a aᵀ over samples and positions, with a the layer's input; B = the sum over samples,
+    positions and columns of g gᵀ, with g what arrives at its output, so that B carries the loss's reduction. For a
+    table A is diagonal; a bias or a norm has B alone, its exact block. Of the data's part of the loss.
+
+    fisher: which columns g. "mc": `samples` random ones with the loss's Hessian as second moment (unbiased; Martens &
+    Grosse 2015); "exact": all C (KFLR, Botev et al. 2017); "empirical": the loss gradients of the samples themselves,
+    a different matrix; "kfra": the Gauss-Newton matrix of each layer averaged over samples on the way (Botev et al.
+    2017; for parameters used once).
+    sharing: where a weight is used at L positions, "expand" takes positions for samples, "reduce" adds them up first
+    (Eschenhagen et al. 2023). corrected: `p.kfac` is a `KroneckerEigen` whose eigenvalues are the diagonal of the exact
+    curvature in the eigenvectors' basis (EKFAC, George et al. 2018).
+
+    Exact for one sample without shared positions, and for linear nets under a quadratic loss; else an approximation,
+    for the block is a sum of products and not a product of sums. Units: B loss /
+    output², A input². Cost: `samples`, C or one backward, and products of i² and o² for each position.
+    """
+    wishes: dict[str, Wish] = {"mc": Sampled(samples, generator), "exact": GGN(), "empirical": Loss(),
+                               "kfra": Averaged()}  # fmt: skip
+    if fisher not in wishes:
+        raise ValueError(f"fisher must be one of {', '.join(map(repr, wishes))}, got {fisher!r}")
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}")
+
+    def reduce(got: Received) -> Kronecker | KroneckerEigen:
+        if len(got.pieces) > 1:
+            raise HookjacError("kfra is defined for parameters that are used once. Use fisher='exact' or 'mc'.")
+        if not got.pieces:
+            return _nothing(got, corrected)
+        factor, metric = got.pieces[0]
+        found = _factored(factor, metric, got.param, sharing == "reduce")
+        return _correct(found, factor, metric) if corrected else found
+
+    return Quantity(name="kfac", columns=wishes[fisher], reduce=reduce, subsample=chosen(subsample))
+
+
+def _factored(factor: Factor, metric: Tensor | None, param: Tensor, reduce: bool) -> Kronecker:
+    dtype = param.dtype
+    if isinstance(factor, Outer):
+        A, B = (t.to(dtype) for t in factor.kron(metric, reduce=reduce))
+        if len(A) == 1:
+            A, B = A[0], B[0]
+        return Kronecker(A, B, param.shape, factor.swapped)
+    if isinstance(factor, Lookup) and factor.g.shape[2] > 1:
+        A, B = (t.to(dtype) for t in factor.kron(metric, reduce=reduce))
+        return Kronecker(A, B, param.shape, swapped=True)
+    if param.numel() > _SMALL:
+        raise HookjacError(
+            f"a parameter of shape {tuple(param.shape)} reaches the output by a way without known factors (no rule, or "
+            "rules of different kinds: a table that is a weight as well), and its whole block is too large. List the "
+            "others in backward(inputs=...), freeze it, or use ggn_diag."
+        )
+    return Kronecker(None, factor.block(metric).to(dtype), param.shape)
+
+
+def _nothing(got: Received, corrected: bool) -> Kronecker | KroneckerEigen:
+    """A parameter that the loss does not reach: zeros, of two sides for a matrix."""
+    size = got.param.shape[0] if got.param.dim() > 1 else got.param.numel()
+    zero = got.param.new_zeros(size, size).detach()
+    if got.param.dim() < 2:
+        found = Kronecker(None, zero, got.param.shape)
+    else:
+        i = got.param.numel() // max(1, size)
+        found = Kronecker(zero.new_zeros(i, i), zero, got.param.shape)
+    return found.eigen() if corrected else found
+
+
+def _correct(found: Kronecker, factor: Factor, metric: Tensor | None) -> KroneckerEigen:
+    eigen = found.eigen()
+    if found.A is None:
+        return eigen  # its eigenvalues are those of the exact block
+    assert not isinstance(factor, Dense)
+    turned = factor.rotated(eigen.Q_A, eigen.Q_B)
+    weights = torch.ones(factor.N, factor.V, dtype=eigen.values.dtype, device=eigen.values.device)
+    exact = turned.quad(weights if metric is None else metric)
+    return replace(eigen, values=found._open(exact.reshape(found.shape).to(eigen.values.dtype))[0])

@@ -1,0 +1,361 @@
+"""Kronecker factors against expectations that are built by loops, and what one does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import C, D, Fn, N, par, random_loss
+from oracle import close, grad, trainable
+from torch import Tensor, nn
+
+import hookjac
+from hookjac import KFAC, HookjacError, Kronecker, extend
+
+Y = torch.tensor([0, 2, 1, 1])
+
+
+def cross_entropy(output: Tensor) -> Tensor:
+    return F.cross_entropy(output, Y[: len(output)])
+
+
+def watched(model: nn.Module, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's input and output, and the model's output."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda m, args, out: seen.extend([args[0].detach(), out]))
+    output = model(x)
+    handle.remove()
+    return seen[0], seen[1], output
+
+
+def arriving(model: nn.Module, layer: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Input, d output / d z [N, C, *z], Hessians [N, C, C], and d loss / d z of a layer's output z."""
+    a, z, output = watched(model, layer, x)
+    J = torch.stack([torch.stack([grad(o, z)[n].detach() for o in output[n]]) for n in range(len(x))])
+    free = output.detach().requires_grad_()
+    slope = grad(loss(free), free)
+    H = torch.stack([torch.stack([grad(s, free)[n].detach() for s in slope[n]]) for n in range(len(x))])
+    return a, J, H, grad(loss(output), z).detach()
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C))
+
+
+def with_positions() -> nn.Module:
+    return Fn(lambda m, x: m.b(torch.tanh(m.a(x)).mean(1)), a=nn.Linear(D, 4), b=nn.Linear(4, C))
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 2, padding=1, stride=2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(C))
+
+
+def positions(layer: nn.Module, a: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs [N, L, i] and outputs [..., N, ?, L, o] of a layer, position by position."""
+    if isinstance(layer, nn.Conv2d):
+        patches = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        return patches.transpose(1, 2), z.flatten(-2).transpose(-1, -2)
+    return a.reshape(len(a), -1, a.shape[-1]), z.reshape(*z.shape[: z.dim() - a.dim() + 1], -1, z.shape[-1])
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[Any], nn.Module]]] = {
+    "linear": (net, (D,), lambda m: m[0]),
+    "top": (net, (D,), lambda m: m[2]),
+    "positions": (with_positions, (3, D), lambda m: m.a),
+    "convolution": (convolutional, (2, 4, 4), lambda m: m[0]),
+}
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("name", NETS)
+def test_factors(name: str, fisher: Any, sharing: Any) -> None:
+    build, shape, pick = NETS[name]
+    model, x = build(), torch.randn(N, *shape)
+    model(x)
+    layer: Any = pick(model)
+    a, J, H, slope = arriving(model, layer, x, random_loss)
+    a, J = positions(layer, a, J)
+    _, slope = positions(layer, torch.zeros_like(watched(model, layer, x)[0]), slope)
+    if sharing == "reduce":
+        a, J, slope = a.mean(1, keepdim=True), J.sum(2, keepdim=True), slope.sum(1, keepdim=True)
+    L = a.shape[1]
+    A = sum(torch.outer(a[n, k], a[n, k]) for n in range(N) for k in range(L)) / (N * L)
+    if fisher == "exact":
+        B = sum(J[n, :, k].T @ H[n] @ J[n, :, k] for n in range(N) for k in range(L))
+    else:
+        B = sum(torch.outer(slope[n, k], slope[n, k]) for n in range(N) for k in range(L))
+    with extend(model, KFAC(fisher=fisher, sharing=sharing)):
+        random_loss(model(x)).backward()
+    found = layer.weight.kfac
+    close(found.A, A, "A")
+    close(found.B, B, "B")
+    close(found.to_dense(), torch.kron(B, A), "dense")
+    if L == 1 and sharing == "expand":
+        assert layer.bias.kfac.A is None
+        close(layer.bias.kfac.B, B, "bias")
+
+
+def test_groups_are_blocks() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(6, C))
+    x = torch.randn(N, 4, 2, 2)
+    a, J, H, _ = arriving(model, model[0], x, random_loss)
+    a, J = a.reshape(N, 2, 8), J.reshape(N, C, 2, 3)
+    with extend(model, KFAC(fisher="exact")):
+        random_loss(model(x)).backward()
+    found = model[0].weight.kfac
+    blocks = []
+    for b in range(2):
+        A = sum(torch.outer(row, row) for row in a[:, b]) / N
+        B = sum(J[n, :, b].T @ H[n] @ J[n, :, b] for n in range(N))
+        close(found.A[b], A, "A")
+        close(found.B[b], B, "B")
+        blocks.append(torch.kron(B, A))
+    close(found.to_dense(), torch.block_diag(*blocks), "dense")
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_tables_have_a_diagonal_side(padding: int | None) -> None:
+    model = Fn(lambda m, i: m.o(torch.tanh(m.e(i)).flatten(1)), e=nn.Embedding(5, 3, padding_idx=padding),
+               o=nn.Linear(6, C))  # fmt: skip
+    ids = torch.tensor([[0, 1], [2, 2], [1, 4], [4, 0]])
+    _, J, H, _ = arriving(model, model.e, ids, random_loss)  # J [N, C, 2, 3]
+    kept = [(n, k) for n in range(N) for k in range(2) if ids[n, k] != padding]
+    count = torch.zeros(5)
+    for n, k in kept:
+        count[ids[n, k]] += 1 / len(kept)
+    B = sum(J[n, :, k].T @ H[n] @ J[n, :, k] for n, k in kept)
+    with extend(model, KFAC(fisher="exact")):
+        random_loss(model(ids)).backward()
+    found = model.e.weight.kfac
+    close(found.A, count, "A")
+    close(found.B, B, "B")
+    close(found.to_dense(), torch.kron(torch.diag(count), B), "dense")
+    v = torch.randn(2, 5, 3)
+    close((found @ v).reshape(2, 15), v.reshape(2, 15) @ found.to_dense(), "@")
+    with extend(model, KFAC(fisher="exact", sharing="reduce")):
+        random_loss(model(ids)).backward()
+    once = [[(n, k) for n, k in kept if n == m] for m in range(N)]
+    rows = torch.stack([sum((F.one_hot(ids[n, k], 5) * 1.0 for n, k in pairs), torch.zeros(5)) / max(1, len(pairs))
+                        for pairs in once])  # fmt: skip
+    close(model.e.weight.kfac.A, rows.T @ rows / N, "A, reduced")
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_exact_for_one_sample(sharing: Any) -> None:
+    model = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, C))
+    with extend(model, KFAC(fisher="exact", sharing=sharing), "ggn_block"):
+        random_loss(model(torch.randn(1, D))).backward()
+    for name, p in trainable(model).items():
+        close(p.kfac.to_dense(), p.ggn_block, name)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "kfra"])
+def test_exact_for_linear_nets(fisher: Any) -> None:
+    model = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, 6), nn.Linear(6, C))
+    with extend(model, KFAC(fisher=fisher), "ggn_block"):
+        F.mse_loss(model(torch.randn(N, D)), torch.randn(N, C)).backward()
+    for name, p in trainable(model).items():
+        close(p.kfac.to_dense(), p.ggn_block, name)
+
+
+def test_reduce_is_exact_where_positions_are_averaged_linearly() -> None:
+    """A linear net that averages over positions: the setting in which reduce is exact and expand is not."""
+    model = Fn(lambda m, x: m.b(m.a(x)).mean(1), a=nn.Linear(D, 4), b=nn.Linear(4, C))
+    x, y = torch.randn(N, 3, D), torch.randn(N, C)
+    with extend(model, KFAC(fisher="exact", sharing="reduce"), "ggn_block"):
+        F.mse_loss(model(x), y).backward()
+    for name, p in trainable(model).items():
+        close(p.kfac.to_dense(), p.ggn_block, name)
+    with extend(model, KFAC(fisher="exact", sharing="expand"), "ggn_block"):
+        F.mse_loss(model(x), y).backward()
+    assert (model.a.weight.kfac.to_dense() - model.a.weight.ggn_block).norm() > 0.1 * model.a.weight.ggn_block.norm()
+
+
+def test_kfra_is_its_recursion() -> None:
+    model, x = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, C)), None
+    x = torch.randn(N, D)
+    _, _, H, _ = arriving(model, model[4], x, cross_entropy)
+    z1 = model[0](x).detach()
+    z2 = model[2](torch.tanh(z1)).detach()
+    G = H.mean(0)
+    wanted = [N * G]
+    for layer, slope in ((model[4], z2.sigmoid() * (1 - z2.sigmoid())), (model[2], 1 - z1.tanh() ** 2)):
+        W = layer.weight.detach()
+        G = (W.T @ G @ W) * (slope.T @ slope / N)
+        wanted.append(N * G)
+    with extend(model, KFAC(fisher="kfra")):
+        cross_entropy(model(x)).backward()
+    for layer, B in zip((model[4], model[2], model[0]), wanted, strict=True):
+        close(layer.weight.kfac.B, B, "B")
+        close(layer.bias.kfac.B, B, "bias")
+
+
+def test_kfra_of_a_weight_used_twice_is_refused() -> None:
+    model = Fn(lambda m, x: m.o(torch.tanh(m.a(torch.tanh(m.a(x))))), a=nn.Linear(D, D), o=nn.Linear(D, C))
+    with pytest.raises(HookjacError, match=r"kfac of parameter 'a\.\w+': kfra is defined for parameters that are used"):
+        with extend(model, KFAC(fisher="kfra")):
+            cross_entropy(model(torch.randn(N, D))).backward()
+
+
+def test_uses_of_one_weight_are_positions() -> None:
+    model = Fn(lambda m, x: m.o(torch.tanh(m.a(torch.tanh(m.a(x))))), a=nn.Linear(D, D), o=nn.Linear(D, C))
+    x = torch.randn(N, D)
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = model.a.register_forward_hook(lambda m, args, out: seen.append((args[0].detach(), out)))
+    output = model(x)
+    handle.remove()
+    A = sum(torch.outer(row, row) for a, _ in seen for row in a) / (2 * N)
+    slope = [grad(cross_entropy(output), z).detach() for _, z in seen]
+    # through the second use, the first output's gradient is a partial derivative: exactly what autograd gives
+    B = sum(torch.outer(row, row) for g in slope for row in g)
+    with extend(model, KFAC(fisher="empirical")):
+        cross_entropy(model(x)).backward()
+    close(model.a.weight.kfac.A, A, "A")
+    close(model.a.weight.kfac.B, B, "B")
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_projections_have_factors(cross: bool) -> None:
+    parts = {"t": nn.MultiheadAttention(4, 2, batch_first=True), "o": nn.Linear(4, C)}
+    model = Fn(lambda m, x, y: m.o(m.t(x, y, y)[0].mean(1)) if cross else m.o(m.t(x, x, x)[0].mean(1)), **parts)
+    with extend(model, KFAC(fisher="exact"), "ggn_diag"):
+        cross_entropy(model(torch.randn(N, 3, 4), torch.randn(N, 2, 4))).backward()
+    found = model.t.in_proj_weight.kfac
+    assert found.A.shape == (4, 4)
+    assert found.B.shape == (12, 12)
+    assert model.t.out_proj.weight.kfac.A.shape == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["linear", "positions"])
+def test_sampled_factors_are_unbiased(name: str) -> None:
+    build, shape, pick = NETS[name]
+    model, x = build(), torch.randn(N, *shape)
+    layer: Any = pick(model)
+    torch.manual_seed(1)
+    drawn = []
+    with extend(model, "kfac"):
+        for _ in range(400):
+            cross_entropy(model(x)).backward()
+            drawn.append(layer.weight.kfac.B)
+    with extend(model, KFAC(fisher="exact")):
+        cross_entropy(model(x)).backward()
+    t = torch.stack(drawn)
+    assert ((t.mean(0) - layer.weight.kfac.B).abs() <= 5 * t.std(0) / 20 + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", [*NETS, "table"])
+def test_corrected_eigenvalues_are_the_curvature_in_that_basis(name: str) -> None:
+    if name == "table":
+        model: Any = Fn(lambda m, i: m.o(torch.tanh(m.e(i)).flatten(1)), e=nn.Embedding(5, 3), o=nn.Linear(6, C))
+        x, weight = torch.randint(5, (N, 2)), model.e.weight
+    else:
+        build, shape, pick = NETS[name]
+        model, x = build(), torch.randn(N, *shape)
+        model(x)
+        weight = pick(model).weight
+    with extend(model, KFAC(fisher="exact"), "ggn_block"):
+        cross_entropy(model(x)).backward()
+    plain, block = weight.kfac, weight.ggn_block
+    with extend(model, KFAC(fisher="exact", corrected=True)):
+        cross_entropy(model(x)).backward()
+    found = weight.kfac
+    Q = hookjac.KroneckerEigen(found.Q_A, found.Q_B, torch.ones_like(found.values), plain)
+    P = weight.numel()
+    basis = Q.source._close(Q.rotate(Q.source._open(torch.eye(P).reshape(P, *weight.shape)), back=True),
+                            torch.eye(P).reshape(P, *weight.shape)).reshape(P, P)  # fmt: skip
+    close(basis @ basis.T, torch.eye(P), "orthogonal")
+    rotated = (basis @ block @ basis.T).diagonal()  # rows of `basis` are eigenvectors, in the order of [b, o, i]
+    close(found._apply(torch.eye(P).reshape(P, *weight.shape), found.values).reshape(P, P),
+          basis.T @ torch.diag(rotated) @ basis, "values")  # fmt: skip
+    assert (found.to_dense() - block).norm() <= (plain.to_dense() - block).norm() * (1 + 1e-9)
+
+
+# The objects -----------------------------------------------------------------------------------------------------
+
+
+def positive(size: int) -> Tensor:
+    t = torch.randn(size, size + 2)
+    return t @ t.T
+
+
+def kroneckers() -> dict[str, Kronecker]:
+    pair = torch.Size((3, 4))
+    return {
+        "matrix": Kronecker(positive(4), positive(3), pair),
+        "swapped": Kronecker(positive(3), positive(4), pair, swapped=True),
+        "vector": Kronecker(None, positive(3), torch.Size((3,))),
+        "table": Kronecker(torch.rand(5) + 0.1, positive(2), torch.Size((5, 2)), swapped=True),
+        "groups": Kronecker(torch.stack([positive(2), positive(2)]), torch.stack([positive(3), positive(3)]),
+                            torch.Size((6, 2))),
+        "kernel": Kronecker(positive(8), positive(3), torch.Size((3, 2, 2, 2))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", kroneckers())
+def test_everything_is_what_the_dense_matrix_says(kind: str) -> None:
+    K = kroneckers()[kind]
+    M, P = K.to_dense(), K.shape.numel()
+    one, many = torch.randn(*K.shape), torch.randn(3, *K.shape)
+    close((K @ one).reshape(P), M @ one.reshape(P), "@ one")
+    close((K @ many).reshape(3, P), many.reshape(3, P) @ M, "@ many")
+    close(K.trace(), M.trace(), "trace")
+    close(K.logdet(0.3), torch.logdet(M + 0.3 * torch.eye(P)), "logdet")
+    close(K.solve(many, 0.3).reshape(3, P), torch.linalg.solve(M + 0.3 * torch.eye(P), many.reshape(3, P).T).T, "solve")
+    close(K.inverse().to_dense(), torch.linalg.inv(M), "inverse", 1e-8)
+    close(K.inverse(0.3).to_dense(), torch.linalg.inv(K.damped(0.3).to_dense()), "damped inverse", 1e-8)
+    close(K.inverse(0.3, pi=False).to_dense(), torch.linalg.inv(K.damped(0.3, pi=False).to_dense()), "no pi", 1e-8)
+    E = K.eigen()
+    close(E.to_dense(), M, "eigen")
+    close(E @ one, K @ one, "eigen @")
+    close(E.trace(), M.trace(), "eigen trace")
+
+
+def test_pi_balances_the_sides() -> None:
+    K = Kronecker(positive(4) * 100, positive(3), torch.Size((3, 4)))
+    pi = ((K.A.trace() / 4) / (K.B.trace() / 3)).sqrt()  # type: ignore[union-attr]
+    close(K.damped(0.25).A - K.A, 0.5 * pi * torch.eye(4), "A")  # type: ignore[operator]
+    close(K.damped(0.25).B - K.B, 0.5 / pi * torch.eye(3), "B")
+    zero = Kronecker(torch.zeros(4, 4), torch.zeros(3, 3), torch.Size((3, 4)))
+    close(zero.damped(0.25).to_dense(), 0.25 * torch.eye(12), "nothing to balance")
+
+
+def test_moving_averages() -> None:
+    first, second = kroneckers()["matrix"], kroneckers()["matrix"]
+    mean = first.lerp(second, 0.25)
+    close(mean.B, 0.75 * first.B + 0.25 * second.B, "B")
+    close(mean.A, 0.75 * first.A + 0.25 * second.A, "A")  # type: ignore[operator]
+
+
+def test_a_vector_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected a vector of shape \[\*p\] or \[k, \*p\] with p = \(3, 4\)"):
+        kroneckers()["matrix"] @ torch.randn(4, 3)
+
+
+def test_a_parameter_without_factors_is_small_or_refused() -> None:
+    model = Fn(lambda m, x: torch.atan2(m.w, x.unsqueeze(1)).sum(2) @ m.v, w=par(D, D), v=par(D, C))
+    with extend(model, KFAC(fisher="exact"), "ggn_block"):
+        cross_entropy(model(torch.randn(N, D))).backward()
+    close(model.w.kfac.to_dense(), model.w.ggn_block, "w")
+    large = Fn(lambda m, x: torch.atan2(m.w, x).sum(1).reshape(-1, 1), w=par(1, 10_000))
+    with pytest.raises(HookjacError, match=r"kfac of parameter 'w': .* without known factors"):
+        with extend(large, "kfac"):
+            large(torch.randn(2, 10_000)).square().sum().backward()
+
+
+def test_a_parameter_that_is_not_used_has_zeros() -> None:
+    model = Fn(lambda m, x: m.a(x), a=nn.Linear(D, C), b=nn.Linear(D, C))
+    for corrected in (False, True):
+        with extend(model, KFAC(corrected=corrected)):
+            cross_entropy(model(torch.randn(N, D))).backward()
+        assert not model.b.weight.kfac.to_dense().any()
+        assert model.b.weight.kfac.to_dense().shape == (D * C, D * C)
+
+
+@pytest.mark.parametrize("bad", [{"fisher": "true"}, {"sharing": "both"}, {"samples": 0}])
+def test_bad_options(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+        KFAC(**bad)
