@@ -9,7 +9,9 @@ from hookjac import layers as layers
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.kronecker import Kronecker, KroneckerEigen
+from hookjac.operator import Curvature
 from hookjac.quantity import (
+    GGNMP,
     KFAC,
     GGNBlock,
     GGNDiag,
@@ -24,6 +26,7 @@ from hookjac.quantity import (
     HessBlock,
     HessDiag,
     HessDiagSample,
+    HessMP,
     Jac,
     Quantity,
     Received,
@@ -33,7 +36,9 @@ from hookjac.rule import NodeRule, Rule, register
 __version__ = "0.1.0"
 
 __all__ = [
+    "GGNMP",
     "KFAC",
+    "Curvature",
     "GGNBlock",
     "GGNDiag",
     "GGNDiagMC",
@@ -47,6 +52,7 @@ __all__ = [
     "HessBlock",
     "HessDiag",
     "HessDiagSample",
+    "HessMP",
     "HookjacError",
     "Jac",
     "Kronecker",

@@ -20,10 +20,11 @@ from torch import Tensor
 from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, total
 from hookjac.graph import Edge, edge_of
+from hookjac.operator import Curvature, Quiet
 from hookjac.plan import Plan
 from hookjac.products import Product
 from hookjac.progress import Progress
-from hookjac.quantity.record import GGN, Averaged, Hessian, Loss, Quantity, Received, Sampled
+from hookjac.quantity.record import GGN, Averaged, Graph, Hessian, Loss, Quantity, Received, Sampled
 from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 from hookjac.seeds import Seeds
@@ -49,8 +50,9 @@ class Receipt:
 class Walk:
     """One backward's worth of derivatives."""
 
-    def __init__(self, plan: Plan, quantities: Sequence[Quantity]) -> None:
-        self.plan, self.quantities = plan, quantities
+    def __init__(self, plan: Plan, quantities: Sequence[Quantity], quiet: Quiet) -> None:
+        self.plan, self.quantities, self._quiet = plan, quantities, quiet
+        self.operators: dict[str, Curvature] = {}
         self.results: Results = {p: {} for p in plan.names}
         self.receipts = {p: Receipt(open=len(plan.uses.of.get(p, [])) + (p in plan.glue)) for p in plan.names}
         self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
@@ -65,6 +67,9 @@ class Walk:
         asked = {q.wish: q.name for q in reversed(self.quantities)}
         with torch.no_grad():
             self.seeds = Seeds(self.plan, asked)
+            for wish in asked:
+                if isinstance(wish, Graph):
+                    self.operators[wish.curved] = Curvature(wish.curved, self.plan, self.seeds.edges, self._quiet)
             roads = self.seeds.roads
             curved = sum(isinstance(q.wish, Hessian) for q in self.quantities)
             with Progress("hess_diag, FLOPs", curved * sum(roads.cost.values()) if roads else 0.0) as progress:
@@ -237,7 +242,8 @@ class Walk:
             else:
                 crossed = [(picked(whole(g)), picked(f)) for g, f in receipt.crossings if g in receipt.factors]
         M = plan.N if q.subsample is None else len(q.subsample)
-        return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed)
+        times = self.operators[wish.curved].block(p) if isinstance(wish, Graph) else None
+        return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times)
 
 
 def _check_samples(q: Quantity, N: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 import weakref
@@ -27,8 +28,10 @@ from hookjac.engine import Results, Walk
 from hookjac.errors import HookjacError
 from hookjac.explain import Explanation, explain
 from hookjac.loss import scalar
+from hookjac.operator import Curvature
 from hookjac.plan import make_plan
 from hookjac.quantity import Quantity, parse
+from hookjac.quantity.record import Graph
 from hookjac.tape import Select, Tape
 
 
@@ -63,6 +66,7 @@ class extend:
         self._output = output
         self._stack: contextlib.ExitStack | None = None
         self._explanation: Explanation | None = None
+        self._operators: dict[str, Curvature] = {}
 
     def __enter__(self) -> extend:
         if self._stack is not None:
@@ -89,7 +93,7 @@ class extend:
             if any(q.curved for q in self.quantities):
                 stack.enter_context(_MATH_ATTENTION)
             stack.enter_context(_QUIET_VMAP)
-            self._watch = _Watch(tape, self._backward)
+            self._watch = _Watch(tape, self._backward, any(isinstance(q.wish, Graph) for q in self.quantities))
             stack.callback(self._watch.leave)
             self._watch.enter()
             self._tape = tape
@@ -108,6 +112,23 @@ class extend:
         if self._explanation is None:
             raise HookjacError("explain() tells of the last backward inside the block; there was none yet")
         return self._explanation
+
+    @property
+    def hessian(self) -> Curvature:
+        """The Hessian of the last backward's loss as an operator: `ext.hessian @ v`. Ask for "hess_mp"."""
+        return self._operator("hessian", "hess_mp")
+
+    @property
+    def ggn(self) -> Curvature:
+        """The generalised Gauss-Newton matrix of the last backward as an operator: `ext.ggn @ v`. Ask for "ggn_mp"."""
+        return self._operator("ggn", "ggn_mp")
+
+    def _operator(self, kind: str, name: str) -> Curvature:
+        if kind not in self._operators:
+            asked = any(q.name == name for q in self.quantities)
+            why = "there was no backward in this block yet" if asked else f"{name!r} was not asked for"
+            raise HookjacError(f"ext.{kind}: {why}. Use hookjac.extend(model, {name!r}) and run a backward inside.")
+        return self._operators[kind]
 
     def _backward(
         self,
@@ -153,8 +174,9 @@ class extend:
         current = {id(p) for p in self.model.parameters()}
         with Recomputed() as recomputed:
             plan = make_plan(self._tape, loss, params, self._known, current, recomputed)
-            walk = Walk(plan, self.quantities)
+            walk = Walk(plan, self.quantities, functools.partial(self._watch.quiet, self.model))
             results = walk.run()
+        self._operators = walk.operators
         self._explanation = explain(self.model, plan, walk.seeds.roads)
         return results
 
@@ -181,9 +203,9 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 class _Watch(TorchFunctionMode):
     """Sees the three ways to start a backward. Steps aside while the model runs: it would slow every operation."""
 
-    def __init__(self, tape: Tape, backward: Callable[..., Any]) -> None:
+    def __init__(self, tape: Tape, backward: Callable[..., Any], keep: bool) -> None:
         super().__init__()
-        self._backward = backward
+        self._backward, self._keep = backward, keep
         self._busy = False  # our own derivatives are under way
         self._running = False  # a backward that we watch is: what it starts itself (a checkpoint) is part of it
         self._retained: list[weakref.ref[Tensor]] = []
@@ -234,7 +256,7 @@ class _Watch(TorchFunctionMode):
         elif func is torch.Tensor.register_hook and not args[0].is_leaf:
             (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
             return func(tensor, self._unless_busy(hook))
-        if func not in _STARTS or self._running:
+        if func not in _STARTS or self._running or self._busy:
             return func(*args, **kwargs)
         start = inspect.signature(func).bind(*args, **kwargs)
         heads, cotangents = (name for name in _STARTS[func])
@@ -246,6 +268,8 @@ class _Watch(TorchFunctionMode):
                 "autograd.grad(is_grads_batched=True) inside an extend block is many backwards at once, and hookjac "
                 "needs one. Call it outside the block, or ask for jac."
             )
+        if self._keep:
+            given["retain_graph"] = True
         tensors = _listed(given[heads])
         weights = [None] * len(tensors) if given.get(cotangents) is None else _listed(given[cotangents])
         inputs = None if given.get("inputs") is None else _listed(given["inputs"])

@@ -18,9 +18,11 @@ from hookjac.quantity.curvature import (
 from hookjac.quantity.gradient import GradSample, GradSampleGram, GradSampleNorm, GradSqSum, GradVar
 from hookjac.quantity.jacobian import Jac
 from hookjac.quantity.kronecker import KFAC
+from hookjac.quantity.product import GGNMP, HessMP
 from hookjac.quantity.record import Hessian, Quantity, Received
 
 __all__ = [
+    "GGNMP",
     "KFAC",
     "GGNBlock",
     "GGNDiag",
@@ -35,6 +37,7 @@ __all__ = [
     "HessBlock",
     "HessDiag",
     "HessDiagSample",
+    "HessMP",
     "Jac",
     "Quantity",
     "Received",
@@ -58,6 +61,8 @@ _QUANTITIES: dict[str, Callable[[], Quantity]] = {
     "hess_diag_sample": HessDiagSample,
     "hess_block": HessBlock,
     "kfac": KFAC,
+    "ggn_mp": GGNMP,
+    "hess_mp": HessMP,
 }
 
 

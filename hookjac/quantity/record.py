@@ -96,6 +96,7 @@ class Received:
     direct: products with the second derivative of what reaches the parameter through no sample (a penalty), and
     `direct.head`, its gradient. product: products with the parameter's Hessian, where no columns give it.
     crossed: for a parameter whose uses feed each other, pairs whose product is half of what they add to the Hessian.
+    times: products with the parameter's block, [K, *p] -> [K, *p], where those were asked for.
     """
 
     param: Tensor
@@ -106,6 +107,7 @@ class Received:
     direct: Product | None = None
     product: Product | None = None
     crossed: Sequence[tuple[Factor, Factor]] = ()
+    times: Callable[[Tensor], Tensor] | None = None
 
     @property
     def factor(self) -> Factor | None:

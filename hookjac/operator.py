@@ -1,0 +1,144 @@
+"""Products of a whole model's curvature with vectors, by double backward, on a graph that is kept alive.
+
+K vectors at once · P entries of all parameters together, in the order of `model.parameters()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hookjac.errors import HookjacError
+from hookjac.graph import Edge, edge_of, fenced, gradients, meta
+from hookjac.plan import Plan
+from hookjac.products import second_backward
+
+Quiet = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class Curvature:
+    """The Hessian, or the generalised Gauss-Newton matrix, of one backward's loss: a [P, P] linear operator.
+
+    `C @ v` for v [P] or [P, K]; P runs over the trainable parameters in the order of `model.parameters()`, each in
+    row-major order. Penalties are part of both. Exact to rounding. Cost: two (Hessian) or three (GGN) backwards for all
+    K together. It keeps the graph of that backward alive; once a parameter was modified in place, PyTorch refuses.
+    """
+
+    def __init__(self, kind: Literal["ggn", "hessian"], plan: Plan, edges: Sequence[Edge], quiet: Quiet) -> None:
+        self.kind, self._quiet = kind, quiet
+        self._names: Mapping[int, str] = plan.names
+        self._params = {p: edge_of(t) for p, t in plan.params.items()}
+        self._sizes = {p: t.numel() for p, t in plan.params.items()}
+        with second_backward(list(plan.names.values())):
+            plan.route.demand_twice(k for k in plan.route.order if k in plan.needed)
+            if not plan.route.reopened.isdisjoint(plan.needed):
+                raise RuntimeError("a reentrant checkpoint has none")
+            with torch.enable_grad():
+                if kind == "hessian":
+                    self._first = gradients([plan.top.loss], list(self._params.values()), [None], create_graph=True)
+                else:
+                    self._prepare(plan, [plan.route.real(e) for e in edges])
+
+    def _prepare(self, plan: Plan, outputs: list[Edge]) -> None:
+        """The loss's slope in the outputs, and the transposed Jacobian as a function of cotangents."""
+        self._outputs = outputs
+        with fenced(outputs):
+            self._slopes = gradients([plan.top.loss], outputs, [None], create_graph=True)
+        found = [meta(e) for e in outputs]
+        self._at = [torch.zeros(s, dtype=d, device=v, requires_grad=True) for s, d, v in found]
+        params = list(self._params.values())
+        self._pulled = dict(
+            zip(self._params, gradients(outputs, params, self._at, create_graph=True), strict=True) if outputs else ()
+        )
+        self._penalties = dict(plan.top.direct)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P)."""
+        P = sum(self._sizes.values())
+        return P, P
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        P = self.shape[0]
+        if v.dim() not in (1, 2) or v.shape[0] != P:
+            raise ValueError(f"expected a vector [{P}] or vectors [{P}, K], got {tuple(v.shape)}")
+        rows = v.reshape(P, -1).T  # [K, P]
+        parts = rows.split(list(self._sizes.values()), 1)
+        given = {p: t.reshape(-1, *meta(e)[0]) for (p, e), t in zip(self._params.items(), parts, strict=True)}
+        found = self.products(given)
+        return torch.cat([t.flatten(1) for t in found.values()], 1).T.reshape(v.shape)
+
+    def block(self, p: int) -> Callable[[Tensor], Tensor]:
+        """Products with the block of one parameter: [K, *p] -> [K, *p], or [*p] -> [*p]."""
+        shape = meta(self._params[p])[0]
+
+        def product(v: Tensor) -> Tensor:
+            if v.shape[v.dim() - len(shape) :] != shape or v.dim() - len(shape) not in (0, 1):
+                raise ValueError(
+                    f"expected vectors of shape [*p] or [K, *p] with p = {tuple(shape)}, got {tuple(v.shape)}"
+                )
+            return self.products({p: v.reshape(-1, *shape)})[p].reshape(v.shape)
+
+        return product
+
+    def products(self, vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """[K, *p] for the ids of some parameters -> the same, of the block that they span."""
+        params = {p: self._params[p] for p in vectors}
+        with torch.inference_mode(False), torch.enable_grad(), self._quiet():
+            try:
+                if self.kind == "hessian":
+                    heads = [h for p, h in zip(self._params, self._first, strict=True) if p in vectors]
+                    return self._backward(heads, list(vectors.values()), params)
+                return self._gauss_newton(vectors, params)
+            except RuntimeError as error:
+                raise HookjacError(
+                    f"a product with the {self.kind} needs the graph of the backward that made it, and autograd "
+                    f"refuses ({error}). Take products before the optimizer's step, or run the backward again."
+                ) from error
+
+    def _gauss_newton(self, vectors: Mapping[int, Tensor], params: Mapping[int, Edge]) -> dict[int, Tensor]:
+        out = {p: torch.zeros_like(v) for p, v in vectors.items()}
+        used = [p for p in params if p in self._pulled and self._pulled[p].requires_grad]
+        if used:
+            at = [edge_of(u) for u in self._at]
+            forward = gradients([self._pulled[p] for p in used], at, [vectors[p] for p in used], batched=True)
+            curved = [k for k, h in enumerate(self._slopes) if h.requires_grad]
+            if curved:
+                with fenced(self._outputs):
+                    back = gradients(
+                        [self._slopes[k] for k in curved], self._outputs, [forward[k] for k in curved], batched=True
+                    )
+                found = gradients(self._outputs, list(params.values()), back, batched=True)
+                out = {p: t + f for (p, t), f in zip(out.items(), found, strict=True)}
+        both = [p for p in vectors if p in self._penalties]
+        if both:
+            added = self._backward([self._penalties[p] for p in both], [vectors[p] for p in both], params)
+            out = {p: t + added[p] for p, t in out.items()}
+        return out
+
+    def _backward(
+        self, heads: Sequence[Tensor], cotangents: Sequence[Tensor], params: Mapping[int, Edge]
+    ) -> dict[int, Tensor]:
+        K = cotangents[0].shape[0]
+        used = [k for k, h in enumerate(heads) if h.requires_grad]
+        if not used:
+            return {p: torch.zeros((K, *meta(e)[0]), dtype=meta(e)[1], device=meta(e)[2]) for p, e in params.items()}
+        found = gradients([heads[k] for k in used], list(params.values()), [cotangents[k] for k in used], batched=True)
+        return dict(zip(params, found, strict=True))
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` (needs scipy), for its solvers and eigenvalue routines."""
+        from scipy.sparse.linalg import LinearOperator
+
+        _, dtype, device = meta(next(iter(self._params.values())))
+
+        def times(v: Any) -> Any:
+            t = torch.as_tensor(v, dtype=dtype, device=device)
+            return (self @ t).detach().cpu().numpy()
+
+        dtype_name = str(dtype).removeprefix("torch.")
+        return LinearOperator(self.shape, matvec=times, rmatvec=times, matmat=times, rmatmat=times, dtype=dtype_name)
