@@ -8,11 +8,13 @@ with hookjac.extend(model):
 from hookjac import layers as layers
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
+from hookjac.jacobian import Jacobian
 from hookjac.kronecker import Kronecker, KroneckerEigen
 from hookjac.operator import Curvature
 from hookjac.quantity import (
     GGNMP,
     KFAC,
+    NTK,
     GGNBlock,
     GGNDiag,
     GGNDiagMC,
@@ -32,12 +34,14 @@ from hookjac.quantity import (
     Received,
 )
 from hookjac.rule import NodeRule, Rule, register
+from hookjac.structured import JacTensor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GGNMP",
     "KFAC",
+    "NTK",
     "Curvature",
     "GGNBlock",
     "GGNDiag",
@@ -55,6 +59,8 @@ __all__ = [
     "HessMP",
     "HookjacError",
     "Jac",
+    "JacTensor",
+    "Jacobian",
     "Kronecker",
     "KroneckerEigen",
     "NodeRule",

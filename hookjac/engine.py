@@ -28,6 +28,7 @@ from hookjac.quantity.record import GGN, Averaged, Graph, Hessian, Loss, Quantit
 from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 from hookjac.seeds import Seeds
+from hookjac.structured import JacTensor
 from hookjac.uses import received
 
 _CHUNK = 1 << 24  # entries of one tensor of masked columns
@@ -208,7 +209,8 @@ class Walk:
                 found = q.reduce(self._received(q, p, receipt, whole))
             except HookjacError as error:
                 raise HookjacError(f"{q.name} of parameter {self.plan.names[p]!r}: {error}") from error
-            self.results[p][q.name] = found.detach() if isinstance(found, Tensor) else found
+            plain = isinstance(found, Tensor) and not isinstance(found, JacTensor)
+            self.results[p][q.name] = found.detach() if plain else found
         receipt.factors.clear()
         receipt.crossings.clear()
         receipt.open = 0

@@ -27,6 +27,7 @@ from hookjac.checkpoints import Recomputed
 from hookjac.engine import Results, Walk
 from hookjac.errors import HookjacError
 from hookjac.explain import Explanation, explain
+from hookjac.jacobian import Jacobian
 from hookjac.loss import scalar
 from hookjac.operator import Curvature
 from hookjac.plan import make_plan
@@ -67,6 +68,7 @@ class extend:
         self._stack: contextlib.ExitStack | None = None
         self._explanation: Explanation | None = None
         self._operators: dict[str, Curvature] = {}
+        self._found: dict[str, dict[str, Any]] = {}  # quantity -> parameter -> its result
 
     def __enter__(self) -> extend:
         if self._stack is not None:
@@ -123,11 +125,29 @@ class extend:
         """The generalised Gauss-Newton matrix of the last backward as an operator: `ext.ggn @ v`. Ask for "ggn_mp"."""
         return self._operator("ggn", "ggn_mp")
 
+    @property
+    def jacobian(self) -> Jacobian:
+        """The Jacobian in all parameters as an operator. Ask for "jac"."""
+        return Jacobian(self._results_of("jacobian", "jac"))
+
+    @property
+    def ntk(self) -> Tensor:
+        """[N, *out, N, *out]: the neural tangent kernel, summed over parameters. Ask for "ntk"."""
+        return sum(self._results_of("ntk", "ntk").values())  # type: ignore[return-value]
+
+    def _results_of(self, attribute: str, name: str) -> dict[str, Any]:
+        if name not in self._found:
+            raise self._missing(attribute, name)
+        return self._found[name]
+
+    def _missing(self, attribute: str, name: str) -> HookjacError:
+        asked = any(q.name == name for q in self.quantities)
+        why = "there was no backward in this block yet" if asked else f"{name!r} was not asked for"
+        return HookjacError(f"ext.{attribute}: {why}. Use hookjac.extend(model, {name!r}) and run a backward inside.")
+
     def _operator(self, kind: str, name: str) -> Curvature:
         if kind not in self._operators:
-            asked = any(q.name == name for q in self.quantities)
-            why = "there was no backward in this block yet" if asked else f"{name!r} was not asked for"
-            raise HookjacError(f"ext.{kind}: {why}. Use hookjac.extend(model, {name!r}) and run a backward inside.")
+            raise self._missing(kind, name)
         return self._operators[kind]
 
     def _backward(
@@ -151,6 +171,7 @@ class extend:
         # a graph made outside inference mode is differentiable inside it, but only once
         with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled():
             results = self._results(list(tensors), list(weights), params)
+        self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
         answer = call()
         for p in params.values():
             for name, value in results[id(p)].items():
@@ -205,7 +226,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, tape: Tape, backward: Callable[..., Any], keep: bool) -> None:
         super().__init__()
-        self._backward, self._keep = backward, keep
+        self._backward, self._keep = weakref.WeakMethod(backward), keep  # no cycle may keep results alive
         self._busy = False  # our own derivatives are under way
         self._running = False  # a backward that we watch is: what it starts itself (a checkpoint) is part of it
         self._retained: list[weakref.ref[Tensor]] = []
@@ -275,7 +296,9 @@ class _Watch(TorchFunctionMode):
         inputs = None if given.get("inputs") is None else _listed(given["inputs"])
         self._running = True
         try:
-            return self._backward(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
+            backward = self._backward()
+            assert backward is not None
+            return backward(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
         finally:
             self._running = False
 

@@ -67,6 +67,9 @@ def test_what_it_says_is_what_its_tensor_says(kind: str, V: int) -> None:
     X, U = torch.randn(3, *shape), torch.randn(2, V, N)
     close(factor.times(X), torch.einsum("vnp,kp->kvn", t, X.reshape(3, P)), "times")
     close(factor.back(U), torch.einsum("kvn,vnp->kp", U, t).reshape(2, *shape), "back")
+    close(factor.each_gram(factor), torch.einsum("vnp,wnp->nvw", t, t), "each_gram")  # type: ignore[arg-type]
+    S = torch.rand(shape)
+    close(factor.scaled_gram(S), torch.einsum("vnp,wnp,p->nvw", t, t, S.reshape(P)), "scaled_gram")
     for metric in metrics(V):
         M = torch.diag_embed(metric) if metric.dim() == 2 else metric
         curvature = torch.einsum("vnp,nvw,wnq->npq", t, M, t)

@@ -10,6 +10,7 @@ norms()           [V, N]: squared lengths
 times(X)          [K, *p] -> [K, V, N]: inner products with K tangents
 back(U)           [K, V, N] -> [K, *p]: combinations of the columns
 add_gram(out, B)  [N, V, N', V']: inner products with those of another, added to `out`
+each_gram(B)      [N, V, V']: those of the same sample; `scaled_gram(S)`, with itself under a diagonal S [*p]
 quad(metric)      [*p]: the diagonal of the curvature; `quad_each` [N, *p], its summands
 block(metric)     [P, P]: that curvature itself
 """
@@ -26,7 +27,7 @@ from hookjac.factor.lookup import Lookup
 from hookjac.factor.metric import quad_block
 from hookjac.factor.outer import Outer
 
-__all__ = ["Dense", "Factor", "Lookup", "Outer", "add_gram", "paired", "quad_block", "total"]
+__all__ = ["Dense", "Factor", "Lookup", "Outer", "add_gram", "each_gram", "paired", "quad_block", "total"]
 
 Factor = Dense | Outer | Lookup
 
@@ -37,6 +38,13 @@ def add_gram(out: Tensor, A: Factor, B: Factor) -> None:  # out [N, V, N', V']
         A.add_gram(out, B)  # type: ignore[arg-type]
     else:
         Dense(A.dense()).add_gram(out, Dense(B.dense()))
+
+
+def each_gram(A: Factor, B: Factor) -> Tensor:  # -> [N, V, V']
+    """Inner products of the columns of the same sample."""
+    if type(A) is type(B):
+        return A.each_gram(B)  # type: ignore[arg-type]
+    return Dense(A.dense()).each_gram(Dense(B.dense()))
 
 
 def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]

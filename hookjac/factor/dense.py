@@ -81,6 +81,13 @@ class Dense:
         out = U.reshape(U.shape[0], self.V * self.N) @ self._flat().reshape(self.V * self.N, self.param.numel())
         return out.reshape(U.shape[0], *self.param)
 
+    def each_gram(self, other: Dense) -> Tensor:  # -> [N, V, V']
+        return self._flat().transpose(0, 1) @ other._flat().permute(1, 2, 0)
+
+    def scaled_gram(self, S: Tensor) -> Tensor:  # S [*p] -> [N, V, V]
+        A = self._flat()
+        return (A * S.reshape(-1)).transpose(0, 1) @ A.permute(1, 2, 0)
+
     def add_gram(self, out: Tensor, other: Dense) -> None:  # out [N, V, N', V']
         A = self._flat().transpose(0, 1)
         B = other._flat().transpose(0, 1).reshape(other.N * other.V, other.param.numel())

@@ -100,6 +100,25 @@ class Lookup:
         out = g.new_zeros(U.shape[0], self.rows, self.g.shape[2]).index_add(1, self.row, g)
         return out.reshape(U.shape[0], *self.param)
 
+    def each_gram(self, other: Lookup) -> Tensor:  # -> [N, V, V']
+        one, two = self.merged(), other.merged()
+        if one.g.shape[1:] != two.g.shape[1:] or not (
+            torch.equal(one.row, two.row) and torch.equal(one.sample, two.sample)
+        ):
+            return Dense(self.dense()).each_gram(Dense(other.dense()))
+        met = one.g.transpose(0, 1) @ two.g.permute(1, 2, 0)  # [M, V, V']
+        return met.new_zeros(self.N, self.V, other.V).index_add(0, one.sample, met)
+
+    def scaled_gram(self, S: Tensor) -> Tensor:  # S [*p] -> [N, V, V]
+        one = self.merged()
+        return one.each_gram(replace(one, g=one.g * S.reshape(self.rows, -1)[one.row]))
+
+    def multiplied(self, A: Tensor, B: Tensor) -> Lookup | Dense:
+        """By a Kronecker product A (x) B with A [rows] or [1, rows, rows] and B [1, d, d], both symmetric."""
+        if A.dim() > 1:
+            return self.rotated(A, B)
+        return replace(self, g=(self.g @ B[0]) * A[self.row].unsqueeze(1))
+
     def add_gram(self, out: Tensor, other: Lookup) -> None:  # out [N, V, N', V']
         """Only pairs that looked up the same row meet."""
         d = self.g.shape[2]

@@ -120,6 +120,23 @@ class Outer:
         g = torch.einsum("kvn,vnblo->knblo", U, self.g)
         return self._fold(torch.einsum("knblo,nbli->kboi", g, self.a))
 
+    def each_gram(self, other: Outer) -> Tensor:  # -> [N, V, V']
+        V, N, _, L, o = self.g.shape
+        V2, L2, i = other.V, other.g.shape[3], self.a.shape[3]
+        if self.alike(other) and L * L2 * (V * V2 * o + i) <= (L * V + L2 * V2) * o * i + V * V2 * o * i:
+            gg = torch.einsum("vnblo,wnbmo->nvwblm", self.g, other.g)
+            return torch.einsum("nvwblm,nblm->nvw", gg, torch.einsum("nbli,nbmi->nblm", self.a, other.a))
+        parts = [Dense(self.samples(n).dense()).each_gram(Dense(other.samples(n).dense())) for n in self._chunks()]
+        return torch.cat(parts) if parts else self.a.new_zeros(N, V, V2)
+
+    def scaled_gram(self, S: Tensor) -> Tensor:  # S [*p] -> [N, V, V]
+        if self.g.shape[3] == 1:
+            weight = torch.einsum("nbi,boi->nbo", self.a[:, :, 0].square(), self._unfold(S.unsqueeze(0))[0])
+            g = self.g[:, :, :, 0]
+            return torch.einsum("vnbo,wnbo,nbo->nvw", g, g, weight)
+        parts = [Dense(self.samples(n).dense()).scaled_gram(S) for n in self._chunks()]
+        return torch.cat(parts) if parts else self.a.new_zeros(0, self.V, self.V)
+
     def add_gram(self, out: Tensor, other: Outer) -> None:  # out [N, V, N', V']
         _, N, B, L, o = self.g.shape
         V2, N2, B2, L2, _ = other.g.shape
@@ -165,6 +182,10 @@ class Outer:
         A = torch.einsum("nbli,nblj->bij", a, a) / max(1, a.shape[0] * a.shape[2])
         W = weighed(g, metric)
         return A, torch.einsum("vnblo,vnblp->bop", W, g.to(W.dtype))
+
+    def multiplied(self, A: Tensor, B: Tensor) -> Outer:
+        """By a Kronecker product B (x) A with A [B, i, i] and B [B, o, o], both symmetric."""
+        return self.rotated(A, B)
 
     def rotated(self, Q_A: Tensor | None, Q_B: Tensor) -> Outer:
         """In another basis of inputs Q_A [B, i, i] and outputs Q_B [B, o, o]."""

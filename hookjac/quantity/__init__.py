@@ -16,7 +16,7 @@ from hookjac.quantity.curvature import (
     HessDiagSample,
 )
 from hookjac.quantity.gradient import GradSample, GradSampleGram, GradSampleNorm, GradSqSum, GradVar
-from hookjac.quantity.jacobian import Jac
+from hookjac.quantity.jacobian import NTK, Jac
 from hookjac.quantity.kronecker import KFAC
 from hookjac.quantity.product import GGNMP, HessMP
 from hookjac.quantity.record import Hessian, Quantity, Received
@@ -24,6 +24,7 @@ from hookjac.quantity.record import Hessian, Quantity, Received
 __all__ = [
     "GGNMP",
     "KFAC",
+    "NTK",
     "GGNBlock",
     "GGNDiag",
     "GGNDiagMC",
@@ -52,6 +53,7 @@ _QUANTITIES: dict[str, Callable[[], Quantity]] = {
     "grad_sq_sum": GradSqSum,
     "grad_var": GradVar,
     "jac": Jac,
+    "ntk": NTK,
     "ggn_diag": GGNDiag,
     "ggn_diag_sample": GGNDiagSample,
     "ggn_diag_mc": GGNDiagMC,

@@ -1,0 +1,154 @@
+"""The Jacobian of a whole model, as an operator that is never built.
+
+N samples · C entries of one sample's output · P entries of all parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hookjac.factor import Dense, Factor, Lookup, Outer, add_gram, each_gram
+from hookjac.kronecker import Kronecker
+from hookjac.structured import JacTensor
+
+Which = Literal["full", "outputs", "trace"]
+
+
+class Jacobian:
+    """`ext.jacobian`: d output / d all trainable parameters, a [N C, P] matrix that is never built.
+
+    Rows are samples and their outputs, columns the parameters in the order of `model.parameters()`, each in row-major
+    order. `J @ v`, `J.T @ u`; `gram()`, the neural tangent kernel; `diagonal(metric)` of Jᵀ Λ J;
+    `variance(covariance)`, J Σ Jᵀ of each sample; `to_dense()`, `to_scipy()`. Exact to rounding.
+    """
+
+    def __init__(self, parts: Mapping[str, JacTensor]) -> None:
+        self.parts = dict(parts)
+        first = next(iter(self.parts.values()))
+        self.N, self.out, self.C = first.shape[0], first.out, first.out.numel()
+        self._dtype, self._device = first.dtype, first.device
+        self._sizes = [jac.factor.param.numel() for jac in self.parts.values()]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N C, P)."""
+        return self.N * self.C, sum(self._sizes)
+
+    @property
+    def T(self) -> Transposed:
+        """The transposed matrix: `J.T @ u`."""
+        return Transposed(self)
+
+    def split(self, v: Tensor) -> list[Tensor]:  # [K, P] -> [K, *p] each
+        """Vectors over all parameters, parameter by parameter."""
+        parts = v.split(self._sizes, 1)
+        return [t.reshape(len(v), *jac.factor.param) for t, jac in zip(parts, self.parts.values(), strict=True)]
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        rows = _rows(v, self.shape[1])
+        found = sum(jac.times(t) for jac, t in zip(self.parts.values(), self.split(rows), strict=True))
+        assert isinstance(found, Tensor)
+        return found.reshape(len(rows), -1).T.reshape(self.shape[0], *v.shape[1:])
+
+    def to_dense(self) -> Tensor:
+        """[N C, P]."""
+        return torch.cat([jac.to_dense().reshape(self.shape[0], -1) for jac in self.parts.values()], 1)
+
+    def gram(self, other: Jacobian | None = None, *, kind: Which = "full") -> Tensor:
+        """J J'ᵀ, the (empirical) neural tangent kernel, between this batch and itself or another.
+
+        kind: "full" [N, *out, N', *out']; "outputs" [*out, N, N'], of each output with itself; "trace" [N, N'], their
+        sum. Nothing of size N C P is built for dense layers and tables: memory is the result and tens of megabytes.
+        """
+        other = self if other is None else other
+        if list(self.parts) != list(other.parts) or self.out != other.out:
+            raise ValueError("gram needs two Jacobians of one model: the same parameters and the same outputs")
+        if kind not in ("full", "outputs", "trace"):
+            raise ValueError(f"kind must be 'full', 'outputs' or 'trace', got {kind!r}")
+        N, M, C = self.N, other.N, self.C
+        if kind == "full":
+            full = torch.zeros(N, C, M, C, dtype=self._dtype, device=self._device)
+            for mine, its in zip(self.parts.values(), other.parts.values(), strict=True):
+                add_gram(full, mine.intact, its.intact)
+            return full.reshape(N, *self.out, M, *self.out)
+        found = torch.zeros(C if kind == "outputs" else 1, N, M, dtype=self._dtype, device=self._device)
+        for mine, its in zip(self.parts.values(), other.parts.values(), strict=True):
+            for c in range(C):
+                one = slice(c, c + 1)
+                into = found[c if kind == "outputs" else 0].view(N, 1, M, 1)
+                add_gram(into, mine.intact.columns(one), its.intact.columns(one))
+        return found.reshape(*self.out, N, M) if kind == "outputs" else found[0]
+
+    def diagonal(self, metric: Tensor) -> Tensor:
+        """[P]: the diagonal of Jᵀ Λ J, with Λ of each sample diagonal [N, C] or full [N, C, C]."""
+        if metric.shape not in {(self.N, self.C), (self.N, self.C, self.C)}:
+            raise ValueError(f"expected a metric [{self.N}, {self.C}] or [.., {self.C}], got {tuple(metric.shape)}")
+        return torch.cat([jac.intact.quad(metric).reshape(-1) for jac in self.parts.values()])
+
+    def variance(self, covariance: Tensor | Sequence[Kronecker]) -> Tensor:
+        """[N, C, C]: J_n Σ J_nᵀ for each sample, the predictive covariance of a linearised model (Laplace).
+
+        covariance: the diagonal of Σ [P], or a `Kronecker` for each parameter in order, Σ being block-diagonal.
+        """
+        factors = [jac.intact for jac in self.parts.values()]
+        out = torch.zeros(self.N, self.C, self.C, dtype=self._dtype, device=self._device)
+        if isinstance(covariance, Tensor):
+            for factor, (S,) in zip(factors, self.split(_rows(covariance, self.shape[1])), strict=True):
+                out += factor.scaled_gram(S)
+            return out
+        if len(covariance) != len(factors):
+            raise ValueError(f"expected a Kronecker for each of {len(factors)} parameters, got {len(covariance)}")
+        for (name, jac), K in zip(self.parts.items(), covariance, strict=True):
+            if K.shape != jac.factor.param:
+                raise ValueError(f"parameter {name!r} has shape {tuple(jac.factor.param)}, its Kronecker {K.shape}")
+            out += each_gram(jac.factor, _times_kronecker(jac.factor, K))
+        return out
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def through(operator: Jacobian | Transposed) -> Callable[[Any], Any]:
+            def times(v: Any) -> Any:
+                return (operator @ torch.as_tensor(v, dtype=self._dtype, device=self._device)).cpu().numpy()
+
+            return times
+
+        name, forward, back = str(self._dtype).removeprefix("torch."), through(self), through(self.T)
+        return LinearOperator(self.shape, matvec=forward, rmatvec=back, matmat=forward, rmatmat=back, dtype=name)
+
+
+class Transposed:
+    """Jᵀ of a `Jacobian`: `J.T @ u` for u [N C] or [N C, K]."""
+
+    def __init__(self, jacobian: Jacobian) -> None:
+        self.T = jacobian
+        self.shape = jacobian.shape[::-1]
+
+    def __matmul__(self, u: Tensor) -> Tensor:
+        J = self.T
+        rows = _rows(u, self.shape[1])
+        given = rows.reshape(len(rows), J.N, *J.out)
+        found = torch.cat([jac.back(given).reshape(len(rows), -1) for jac in J.parts.values()], 1)
+        return found.T.reshape(self.shape[0], *u.shape[1:])
+
+
+def _rows(v: Tensor, size: int) -> Tensor:  # [size] or [size, K] -> [K, size]
+    if v.dim() not in (1, 2) or v.shape[0] != size:
+        raise ValueError(f"expected a vector [{size}] or vectors [{size}, K], got {tuple(v.shape)}")
+    return v.reshape(size, -1).T
+
+
+def _times_kronecker(factor: Factor, K: Kronecker) -> Factor:
+    """Columns times B (x) A: still of their own kind where the sides fit together."""
+    if K.A is not None:
+        if isinstance(factor, Outer) and K.swapped == factor.swapped and K._b.shape[0] == factor.g.shape[2]:
+            return factor.multiplied(K._a, K._b)
+        if isinstance(factor, Lookup) and K.swapped and factor.g.shape[2] > 1:
+            return factor.multiplied(K.A if K.A.dim() == 1 else K._a, K._b)
+    t = factor.dense()
+    return Dense((K @ t.reshape(-1, *factor.param)).reshape(t.shape), fresh=True)

@@ -1,0 +1,283 @@
+"""The Jacobian in one parameter: a tensor that stays factors until it is read.
+
+N samples · C entries of one sample's output · p the parameter's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hookjac.errors import HookjacError
+from hookjac.factor import Dense, Factor, Lookup, add_gram
+
+
+class JacTensor(Tensor):
+    """`p.jac` [N, *out, *p]: a tensor to whoever uses it, kept as what it is made of.
+
+    These never build it: `gram`, `norms`, `sq_sum`, `times` and `back`; the `torch.einsum` and `torch.tensordot`
+    forms of those; picking samples, or outputs when there is one axis of them; `to` and `detach`, `clone`, `deepcopy`.
+    All other operations build the dense tensor and work on that; `to_dense()` does so on purpose. It cannot be written
+    to. It holds layer inputs by reference: if one was modified in place since, reading raises.
+    """
+
+    factor: Factor
+    out: torch.Size
+    _versions: tuple[int, ...]
+
+    @staticmethod
+    def __new__(cls, factor: Factor, out: torch.Size, dtype: torch.dtype) -> JacTensor:
+        shape = (factor.N, *out, *factor.param)
+        made: JacTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=factor.tensors[0].device, requires_grad=False
+        )
+        made.factor, made.out = factor, torch.Size(out)
+        made._versions = _versions(factor)
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    @property
+    def intact(self) -> Factor:
+        """The factor; an error if what it holds was modified since."""
+        if _versions(self.factor) != self._versions:
+            raise HookjacError(
+                f"p.jac of shape {tuple(self.shape)} holds a layer's input by reference, and that was modified in "
+                "place since. Read it before, take to_dense(), or avoid the in-place operation."
+            )
+        return self.factor
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[N, *out, *p] as an ordinary tensor, in memory of its own."""
+        factor = self.intact
+        t = factor.dense().transpose(0, 1).reshape(self.shape).to(self.dtype)
+        held = t.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in factor.tensors}
+        return t.clone(memory_format=torch.contiguous_format) if held else t.contiguous()
+
+    def gram(self, other: JacTensor | None = None) -> Tensor:
+        """[N, *out, N', *out']: inner products of all rows with those of another Jacobian in the same parameter."""
+        other = self if other is None else other
+        A, B = self.intact, other.intact
+        if A.param != B.param:
+            raise ValueError(f"gram of Jacobians in parameters of shapes {tuple(A.param)} and {tuple(B.param)}")
+        out = torch.zeros(A.N, A.V, B.N, B.V, dtype=A.tensors[0].dtype, device=self.device)
+        add_gram(out, A, B)
+        return out.reshape(A.N, *self.out, B.N, *other.out).to(self.dtype)
+
+    def norms(self) -> Tensor:
+        """[N, *out]: the length of each row."""
+        return self.intact.norms().clamp(min=0).sqrt().T.reshape(self.shape[0], *self.out).to(self.dtype)
+
+    def sq_sum(self) -> Tensor:
+        """[*p]: squares summed over samples and outputs."""
+        factor = self.intact
+        ones = torch.ones(factor.N, factor.V, dtype=factor.tensors[0].dtype, device=self.device)
+        return factor.quad(ones).to(self.dtype)
+
+    def times(self, v: Tensor) -> Tensor:
+        """J v: [*p] -> [N, *out], or [K, *p] -> [K, N, *out]."""
+        factor, many = self.intact, v.dim() > len(self.factor.param)
+        rows = v.reshape(-1, *factor.param).to(factor.tensors[0].dtype)
+        found = factor.times(rows).transpose(1, 2)  # [K, N, V]
+        found = found.reshape(len(rows), factor.N, *self.out).to(self.dtype)
+        return found if many else found[0]
+
+    def back(self, u: Tensor) -> Tensor:
+        """Jᵀ u: [N, *out] -> [*p], or [K, N, *out] -> [K, *p]."""
+        factor, many = self.intact, u.dim() > 1 + len(self.out)
+        rows = u.reshape(-1, factor.N, factor.V).transpose(1, 2).to(factor.tensors[0].dtype)
+        found = factor.back(rows).to(self.dtype)
+        return found if many else found[0]
+
+    def _like(self, factor: Factor, out: torch.Size | None = None) -> JacTensor:
+        return JacTensor(factor, self.out if out is None else out, self.dtype)
+
+    def __copy__(self) -> JacTensor:
+        return self._like(self.intact)
+
+    def __deepcopy__(self, memo: Any) -> JacTensor:
+        return self._like(self.intact.map(torch.clone))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.to_dense().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"JacTensor(shape={tuple(self.shape)}, {type(self.factor).__name__}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _ABOUT or name == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name in _STRUCTURED:
+            found = _STRUCTURED[name](*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        if (writes and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+            raise HookjacError(f"p.jac is made of factors and cannot be written to ({name}). Take p.jac.to_dense().")
+        args, kwargs = pytree.tree_map_only(cls, cls.to_dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]._like(args[0].factor)
+        args, kwargs = pytree.tree_map_only(cls, cls.to_dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _versions(factor: Factor) -> tuple[int, ...]:
+    return tuple(0 if t.is_inference() else t._version for t in factor.tensors)
+
+
+# what a tensor says of itself, without being read
+_ABOUT = {"dim", "size", "numel", "nelement", "ndimension", "element_size", "is_floating_point", "is_complex", "stride",
+          "get_device", "__len__", "__hash__", "is_inference", "is_contiguous", "is_same_size", "storage_offset",
+          "__repr__", "__reduce_ex__", "__deepcopy__"}  # fmt: skip
+_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imod__", "__ifloordiv__", "__idiv__"}
+
+
+# Operations with a structured form: each may decline -----------------------------------------------------------
+
+
+def _getitem(jac: JacTensor, index: Any) -> Any:
+    """Samples, and outputs where they have one axis, are picked before anything is built."""
+    if not isinstance(jac, JacTensor):
+        return NotImplemented
+    items = index if isinstance(index, tuple) else (index,)
+    if any(item is None or item is Ellipsis or isinstance(item, (list, bool)) for item in items):
+        return NotImplemented
+    if any(isinstance(item, Tensor) and (item.dim() != 1 or item.dtype == torch.bool) for item in items):
+        return NotImplemented
+    first, rest = items[0], items[1:]
+    if any(isinstance(item, Tensor) for item in rest):
+        return NotImplemented
+    factor = jac.intact
+    if isinstance(first, int):
+        if not -factor.N <= first < factor.N:
+            raise IndexError(f"index {first} is out of bounds for {factor.N} samples")
+        return jac._like(factor.samples(slice(first % factor.N, first % factor.N + 1))).to_dense()[(0, *rest)]
+    picked = jac._like(factor.samples(_positive(first, factor.N)))
+    if not rest:
+        return picked
+    if len(jac.out) == 1 and isinstance(rest[0], slice):
+        picked = picked._like(picked.factor.columns(_positive(rest[0], factor.V)))
+        picked = picked._like(picked.factor, torch.Size([picked.factor.V]))
+        return picked if len(rest) == 1 else picked.to_dense()[(slice(None), slice(None), *rest[1:])]
+    if len(jac.out) == 1 and isinstance(rest[0], int) and -factor.V <= rest[0] < factor.V:
+        c = rest[0] % factor.V
+        one = picked._like(picked.factor.columns(slice(c, c + 1)), torch.Size([]))
+        return one if len(rest) == 1 else one.to_dense()[(slice(None), *rest[1:])]
+    return picked.to_dense()[(slice(None), *rest)]
+
+
+def _positive(index: Any, size: int) -> Any:
+    """As a slice with a positive step, or as numbers."""
+    if isinstance(index, slice):
+        start, stop, step = index.indices(size)
+        if step < 0:
+            raise ValueError("step must be greater than zero")
+        return slice(start, max(start, stop), step)
+    return index % size if isinstance(index, Tensor) else index
+
+
+def _einsum(equation: Any, *operands: Any) -> Any:
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
+        return NotImplemented
+    left, result = equation.replace(" ", "").split("->")
+    labels = left.split(",")
+    if len(labels) != 2 or any(len(set(term)) != len(term) for term in (*labels, result)):
+        return NotImplemented
+    pairs = list(zip(labels, operands, strict=True))
+    if any(len(term) != t.dim() for term, t in pairs):
+        return NotImplemented
+    if not isinstance(operands[0], JacTensor):
+        pairs.reverse()
+    (mine, jac), (its, other) = pairs
+    rows, params = mine[: 1 + len(jac.out)], mine[1 + len(jac.out) :]
+    if isinstance(other, JacTensor):
+        return _both(jac, rows, params, other, its, result)
+    batch = "".join(c for c in its if c not in mine)
+    if set(its) == set(batch + params) and result in (batch + rows,) and its == batch + params and len(batch) <= 1:
+        return jac.times(other)
+    if set(its) == set(batch + rows) and result == batch + params and its == batch + rows and len(batch) <= 1:
+        return jac.back(other)
+    return NotImplemented
+
+
+def _both(jac: JacTensor, rows: str, params: str, other: JacTensor, its: str, result: str) -> Any:
+    head = its[: 1 + len(other.out)]
+    if its[len(head) :] == params and not set(head) & set(rows) and result == rows + head:
+        return jac.gram(other)
+    if other is jac and its == rows + params and result in (rows, params):
+        return jac.norms().square() if result == rows else jac.sq_sum()
+    return NotImplemented
+
+
+def _tensordot(a: Any, b: Any, dims: Any = 2, out: Any = None) -> Any:
+    if out is not None or not isinstance(dims, int):
+        return NotImplemented
+    if isinstance(a, JacTensor) and not isinstance(b, JacTensor):
+        return a.times(b) if dims == b.dim() == len(a.factor.param) else NotImplemented
+    if isinstance(b, JacTensor) and not isinstance(a, JacTensor):
+        return b.back(a) if dims == a.dim() == 1 + len(b.out) else NotImplemented
+    return NotImplemented
+
+
+def _matmul(a: Any, b: Any, **out: Any) -> Any:
+    if out or not isinstance(a, JacTensor) or isinstance(b, JacTensor) or len(a.factor.param) != 1:
+        return NotImplemented
+    if b.dim() == 1:
+        return a.times(b)
+    return a.times(b.T).movedim(0, -1) if b.dim() == 2 else NotImplemented
+
+
+def _to(jac: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(jac, JacTensor):
+        return NotImplemented
+    like = torch.empty(0, dtype=jac.dtype, device=jac.device).to(*args, **kwargs)
+    moved = jac.intact.map(lambda t: t.to(device=like.device, dtype=like.dtype))
+    if isinstance(moved, Lookup):
+        moved = Lookup(moved.g, moved.row.to(like.device), moved.sample.to(like.device), moved.N, moved.param)
+    return JacTensor(moved, jac.out, like.dtype)
+
+
+def _as(dtype: torch.dtype) -> Callable[..., Any]:
+    return lambda jac, *args, **kwargs: _to(jac, dtype)
+
+
+_STRUCTURED: dict[str, Callable[..., Any]] = {
+    "__getitem__": _getitem,
+    "einsum": _einsum,
+    "tensordot": _tensordot,
+    "matmul": _matmul,
+    "__matmul__": _matmul,
+    "to": _to,
+    "cpu": lambda jac: _to(jac, "cpu"),
+    "cuda": lambda jac, *args, **kwargs: _to(jac, "cuda" if not args else args[0]),
+    "double": _as(torch.float64),
+    "float": _as(torch.float32),
+    "half": _as(torch.float16),
+    "bfloat16": _as(torch.bfloat16),
+    "detach": lambda jac: jac._like(jac.intact),
+    "clone": lambda jac, **kwargs: jac._like(jac.intact.map(torch.clone)),
+    "to_dense": lambda jac, *args, **kwargs: jac.to_dense(),
+}
+
+
+def zero(param: Tensor, N: int, out: torch.Size) -> JacTensor:
+    """The Jacobian in a parameter that the output does not depend on; takes no memory."""
+    t = torch.zeros((), dtype=param.dtype, device=param.device)
+    return JacTensor(Dense(t.expand(out.numel(), N, *param.shape)), out, param.dtype)
