@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
 
 from hookjac.checkpoints import Recomputed
 from hookjac.engine import Results, Walk
@@ -34,6 +23,7 @@ from hookjac.plan import make_plan
 from hookjac.quantity import Quantity, parse
 from hookjac.quantity.record import Graph
 from hookjac.tape import Select, Tape
+from hookjac.watch import Watch
 
 
 class extend:
@@ -95,7 +85,7 @@ class extend:
             if any(q.curved for q in self.quantities):
                 stack.enter_context(_MATH_ATTENTION)
             stack.enter_context(_QUIET_VMAP)
-            self._watch = _Watch(tape, self._backward, any(isinstance(q.wish, Graph) for q in self.quantities))
+            self._watch = Watch(tape, self._backward, any(isinstance(q.wish, Graph) for q in self.quantities))
             stack.callback(self._watch.leave)
             self._watch.enter()
             self._tape = tape
@@ -219,102 +209,6 @@ def _compiled() -> Iterator[None]:
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-class _Watch(TorchFunctionMode):
-    """Sees the three ways to start a backward. Steps aside while the model runs: it would slow every operation."""
-
-    def __init__(self, tape: Tape, backward: Callable[..., Any], keep: bool) -> None:
-        super().__init__()
-        self._backward, self._keep = weakref.WeakMethod(backward), keep  # no cycle may keep results alive
-        self._busy = False  # our own derivatives are under way
-        self._running = False  # a backward that we watch is: what it starts itself (a checkpoint) is part of it
-        self._retained: list[weakref.ref[Tensor]] = []
-        tape.around = (self._aside, self.enter)
-
-    def enter(self) -> None:
-        """On top of the modes, unless among them already. A forward that was interrupted leaves us out."""
-        if self not in _get_current_function_mode_stack():
-            _push_mode(self)
-
-    def leave(self) -> None:
-        """Off, wherever among the modes we are: blocks may be left in any order."""
-        above = []
-        while self in _get_current_function_mode_stack():
-            while (mode := _pop_mode()) is not self:
-                above.append(mode)
-        for mode in reversed(above):
-            _push_mode(mode)
-
-    def _aside(self) -> None:
-        if _get_current_function_mode() is self:  # else somebody's mode lies above ours; popping would pop theirs
-            _pop_mode()
-
-    @contextlib.contextmanager
-    def quiet(self, model: nn.Module) -> Iterator[None]:
-        """Our own backwards are nobody's business: hooks on parameters and `retain_grad` do not notice them."""
-        before = [(t, t.grad) for ref in self._retained if (t := ref()) is not None]
-        silenced = [(h, dict(h)) for p in model.parameters() if (h := p._backward_hooks)]
-        self._busy = True
-        try:
-            for found, _ in silenced:
-                found.clear()
-            yield
-        finally:
-            for found, kept in silenced:
-                found.update(kept)
-            for t, grad in before:
-                t.grad = grad
-            self._busy = False
-
-    def _unless_busy(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        return lambda grad: None if self._busy else hook(grad)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.retain_grad:
-            self._retained.append(weakref.ref(args[0]))
-        elif func is torch.Tensor.register_hook and not args[0].is_leaf:
-            (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
-            return func(tensor, self._unless_busy(hook))
-        if func not in _STARTS or self._running or self._busy:
-            return func(*args, **kwargs)
-        start = inspect.signature(func).bind(*args, **kwargs)
-        heads, cotangents = (name for name in _STARTS[func])
-        given = start.arguments
-        if not isinstance(given.get("inputs"), (Tensor, GradientEdge, dict, NoneType)):
-            given["inputs"] = tuple(given["inputs"])  # it may be a generator: we look, and torch looks
-        if given.get("is_grads_batched"):
-            raise HookjacError(
-                "autograd.grad(is_grads_batched=True) inside an extend block is many backwards at once, and hookjac "
-                "needs one. Call it outside the block, or ask for jac."
-            )
-        if self._keep:
-            given["retain_graph"] = True
-        tensors = _listed(given[heads])
-        weights = [None] * len(tensors) if given.get(cotangents) is None else _listed(given[cotangents])
-        inputs = None if given.get("inputs") is None else _listed(given["inputs"])
-        self._running = True
-        try:
-            backward = self._backward()
-            assert backward is not None
-            return backward(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
-        finally:
-            self._running = False
-
-
-def _listed(found: Any) -> list[Any]:
-    if isinstance(found, dict):
-        return list(found.values())
-    return list(found) if isinstance(found, (list, tuple)) and not isinstance(found, GradientEdge) else [found]
-
-
-# what starts a backward: the names of its arguments for what it starts from, and with which cotangents
-_STARTS: dict[Any, tuple[str, str]] = {
-    torch.Tensor.backward: ("self", "gradient"),
-    torch.autograd.backward: ("tensors", "grad_tensors"),
-    torch.autograd.grad: ("outputs", "grad_outputs"),
-}
 
 
 class _Switch:
