@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import random_loss
+from cases import N, random_loss
 from every_layer import CONTAINERS, LAYERS, LOSSES, REFUSED, WITHOUT_LOOPS, Row
 from layer_table import PAGE, page
-from oracle import compare, expected
+from oracle import close, compare, expected, jacobian, trainable
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hookjac import extend, rule
+from hookjac import Jac, extend, rule
 
 ROWS = [pytest.param(row, id=f"{name}-{k}") for name, rows in LAYERS.items() for k, row in enumerate(rows)]
 
@@ -30,6 +31,28 @@ def test_exact_without_rules(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_exact(row: Row) -> None:
     check(row)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_any_number_of_columns(row: Row) -> None:
+    """V in {1, N, other}: of one sample's outputs, all on one walk and some on their own."""
+    torch.manual_seed(3)
+    model, args = row.build(), row.inputs()
+    with torch.no_grad():
+        model(*args)
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    with sdpa_kernel(SDPBackend.MATH):
+        output = model(*args)
+    C = output.shape[1:].numel()
+    wanted = {name: jacobian(output, p).reshape(N, C, *p.shape) for name, p in trainable(model).items()}
+    for V in sorted({1, min(N, C), C}):
+        rows = torch.randperm(C)[:V]
+        torch.set_rng_state(state)
+        with extend(model, Jac(outputs=rows)):
+            random_loss(model(*args)).backward()
+        for name, p in trainable(model).items():
+            close(p.jac, wanted[name][:, rows], (name, V))
 
 
 def check(row: Row) -> None:
