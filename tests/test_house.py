@@ -136,6 +136,15 @@ def test_readme_snippets_run() -> None:
     assert float(lines[-1].strip("tensor()")) > 0.3, "the row sums should be far from the diagonal"
 
 
+def test_own_quantity_page_runs() -> None:
+    torch.set_default_dtype(torch.float32)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_quantity.md").read_text(), re.S)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(snippet, {"__name__": "page"})
+    assert said.getvalue() == "torch.Size([32])\n"
+
+
 def test_own_rule_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule, "_RULES", dict(rule._RULES))
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_rule.md").read_text(), re.S)
