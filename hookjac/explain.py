@@ -79,5 +79,5 @@ def explain(model: nn.Module, plan: Plan, roads: Roads | None) -> Explanation:
 def _why_not(owner: nn.Module) -> str:
     rule = lookup(owner)
     if rule is None:
-        return f"no rule claims this {type(owner).__name__}"
+        return f"no rule could serve this use of a {type(owner).__name__}"
     return f"the rule {rule.name!r} could not serve this call (used functionally, autocast, modified or samples moved)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -49,13 +49,15 @@ class Plan:
     def __post_init__(self) -> None:
         self.below = reachable(self.route, [self.route.key(e) for e in [*self.top.frontier, *self.selected]])
         self.uses = find_uses(self.route, self.names, self.below, self.layout)
-        self._find_masked()
+        starts = [self.route.key(e) for e in [*self.top.frontier, *self.selected]]
+        # what only a rule's parameters are made of is the rule's affair: with one sample it would look like data
+        self._find_masked(reachable(self.route, starts, lambda key: self.uses.data(self.route, key)))
         self._find_glue()
 
-    def _find_masked(self) -> None:
+    def _find_masked(self, walked: Collection[Key]) -> None:
         """Bottom up: a station whose child needs samples apart, and cannot part them itself, must part them."""
         for key in reversed(self.route.order):
-            if key not in self.needed or key not in self.below:
+            if key not in self.needed or key not in walked:
                 continue
             if key in self.uses.at:
                 self.visit.add(key)
@@ -84,11 +86,14 @@ class Plan:
                     stack.append(key)
 
 
-def reachable(route: Route, starts: Iterable[Key]) -> set[Key]:
+def reachable(
+    route: Route, starts: Iterable[Key], after: Callable[[Key], Iterable[Edge | None]] | None = None
+) -> set[Key]:
     found = set(starts)
     stack = list(found)
     while stack:
-        for edge in route.after[stack.pop()]:
+        key = stack.pop()
+        for edge in route.after[key] if after is None else after(key):
             if edge is not None and (key := route.key(edge)) not in found:
                 found.add(key)
                 stack.append(key)

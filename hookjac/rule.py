@@ -94,6 +94,8 @@ class Rule:
     def __post_init__(self) -> None:
         if not self.modules or not all(isinstance(m, type) and issubclass(m, nn.Module) for m in self.modules):
             raise TypeError(f"rule {self.name!r}: `modules` must be subclasses of nn.Module, got {self.modules!r}")
+        if isinstance(self.params, str):
+            raise TypeError(f"rule {self.name!r}: `params` must be a tuple of names, got {self.params!r}")
         if bool(self.params) != (self.factors is not None):
             raise ValueError(f"rule {self.name!r}: `params` and `factors` go together")
 
@@ -162,6 +164,10 @@ class NodeRule:
             raise TypeError(f"rule {self.name!r}: `nodes` must be type names of autograd nodes, got {self.nodes!r}")
         if not self.slots:
             raise ValueError(f"rule {self.name!r}: `slots` must name an input of the node")
+        if not self.mixed.keys() <= set(self.slots):
+            raise ValueError(
+                f"rule {self.name!r}: `mixed` speaks of inputs {sorted(self.mixed)}, `slots` of {self.slots}"
+            )
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
@@ -170,6 +176,8 @@ _NODES: dict[str, NodeRule] = {}
 
 def register(rule: Rule | NodeRule) -> None:
     """Add a rule for all to use, of a layer family or of a kind of autograd node. Each can have one rule only."""
+    if not isinstance(rule, (Rule, NodeRule)):
+        raise TypeError(f"register takes a Rule or a NodeRule, got {type(rule).__name__}: {rule!r:.60}")
     if isinstance(rule, Rule):
         _enter(_RULES, {module: module.__name__ for module in rule.modules}, rule)
     else:

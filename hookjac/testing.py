@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hookjac.extend import extend
+from hookjac.quantity import Jac
+from hookjac.rule import lookup
 from hookjac.samples import random
 
 
@@ -25,7 +27,9 @@ def grad(output: Tensor, inputs: Tensor, seed: Tensor | None = None) -> Tensor:
     if not output.requires_grad:
         return torch.zeros_like(inputs)
     (found,) = torch.autograd.grad(output, inputs, seed, retain_graph=True, create_graph=True, allow_unused=True)
-    return torch.zeros_like(inputs) if found is None else found
+    if found is None:
+        return torch.zeros_like(inputs)
+    return found.to_dense() if found.is_sparse else found
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -108,6 +112,7 @@ class Checked:
     why: str
     error: float
     fine: bool
+    shapes: str = ""  # found and expected, where they differ
 
 
 class Report:
@@ -123,12 +128,29 @@ class Report:
 
     def __str__(self) -> str:
         table = [("parameter", "quantity", "road", "error", "", "why")]
-        table += [(r.parameter, r.quantity, r.road, f"{r.error:.0e}", "ok" if r.fine else "WRONG", r.why)
+        table += [(r.parameter, r.quantity, r.road, r.shapes or f"{r.error:.0e}", "ok" if r.fine else "WRONG", r.why)
                   for r in self.rows]  # fmt: skip
         widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
 
     __repr__ = __str__
+
+
+class _Between(nn.Module):
+    """The module above a learned scale of its floating inputs, so that what it does to cotangents is seen."""
+
+    def __init__(self, module: nn.Module, inputs: list[Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.scaled = [k for k, t in enumerate(inputs) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
+        scales = [random(inputs[k].shape[1:], k, inputs[k].device, inputs[k].dtype) / 4 + 1 for k in self.scaled]
+        self.input_scale = nn.ParameterList(scales)
+
+    def forward(self, *inputs: Any) -> Any:
+        given = list(inputs)
+        for k, scale in zip(self.scaled, self.input_scale, strict=True):
+            given[k] = (given[k] * scale).sin()
+        return self.module(*given)
 
 
 def check_rule(
@@ -137,24 +159,38 @@ def check_rule(
     loss: Callable[[Tensor], Tensor] = random_loss,
     hessian: bool = True,
     rtol: float = 1e-9,
+    rule: str | None = None,
 ) -> Report:
     """Hold a layer, or any small model, to loops in float64: first order, Jacobian, GGN and Hessian diagonals.
 
-    A copy of the module is cast to float64, and so are floating inputs [N, ...]; it is run as it is, for one sample
-    and for all of them. The output's first axis must count the samples. Returns a `Report`; raises AssertionError
-    with that report if a result is off by more than `rtol` of its largest entry.
+    A copy of the module is cast to float64, and so are floating inputs [N, ...]. It runs for one sample and for all;
+    as it is, and above a learned scale of its inputs (`input_scale`), whose results show what the module does to
+    cotangents; Jacobian rows are asked for all together, one by itself, and N of them. The output's first axis must
+    count the samples. Returns a `Report`; raises AssertionError with that report if a result has another shape than
+    loops give, or is off by more than `rtol` of its largest entry.
 
-    Cost: a backward for each entry of the output and of the parameters: take it small. hessian: False where PyTorch
-    has no second derivative.
+    rule: the name of the rule that is meant to be checked; AssertionError if it was never used, so that no silent
+    fallback passes for it. hessian: False where PyTorch has no second derivative. Cost: a backward for each entry of
+    the output and of the parameters: take it small.
     """
     model = copy.deepcopy(module).double()
     given = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     rows: list[Checked] = []
+    used: set[str] = set()
     for args in (given, [t[:1] if isinstance(t, Tensor) else t for t in given]):
-        rows += _check(model, args, loss, hessian, rtol)
+        between = _Between(model, args)
+        for one in [model] if not between.scaled else [model, between]:
+            if any(p.requires_grad for p in one.parameters()):
+                rows += _check(one, args, loss, hessian, rtol)
+                used |= {found.name for m in one.modules() if (found := lookup(m)) is not None}
     report = Report(rows)
     if not report.fine:
         raise AssertionError(f"{type(module).__name__} disagrees with plain autograd loops\n{report}")
+    used |= {name for row in rows for name in row.why.split(";")[0].split(", ")}
+    if rule is not None and rule not in used:
+        raise AssertionError(
+            f"rule {rule!r} was never used: it claims no such module, or could not serve the call\n{report}"
+        )
     return report
 
 
@@ -170,14 +206,29 @@ def _check(
     asked = ("grad_sample", "jac", "ggn_diag", *(("hess_diag",) if hessian else ()))
     wanted = loops(model, run, loss, hessian=hessian)
     with extend(model, *asked) as ext:
-        loss(run()).backward()
+        output = run()
+        loss(output).backward()
     told, rows = ext.explain().to_dict(), []
     for name, p in trainable(model).items():
         for q in asked:
-            found, right = getattr(p, q), wanted[name][q]
-            top = right.abs().max().item() if right.numel() else 0.0
-            off = (found - right).abs().max().item() if right.numel() else 0.0
             road = told[name]["hessian"] if q == "hess_diag" else told[name]["road"]
-            error = off / top if top else off
-            rows.append(Checked(name, q, road, told[name]["why"], error, off <= rtol * top + 1e-13))
+            rows.append(_compared(name, q, road, told[name]["why"], getattr(p, q), wanted[name][q], rtol))
+    N, C = output.shape[0], output.shape[1:].numel()
+    for V in sorted({1, N} - {C}):
+        chosen = list(range(C))[:: max(1, C // V)][:V]
+        if len(chosen) == V:
+            with extend(model, Jac(outputs=chosen)):
+                loss(run()).backward()
+            for name, p in trainable(model).items():
+                right = wanted[name]["jac"].reshape(N, C, *p.shape)[:, chosen]
+                why = told[name]["why"]
+                rows.append(_compared(name, f"jac, {V} rows", told[name]["road"], why, vars(p)["jac"], right, rtol))
     return rows
+
+
+def _compared(name: str, q: str, road: str, why: str, found: Tensor, right: Tensor, rtol: float) -> Checked:
+    if found.shape != right.shape:
+        return Checked(name, q, road, why, float("inf"), False, f"{list(found.shape)} not {list(right.shape)}")
+    top = right.abs().max().item() if right.numel() else 0.0
+    off = (found - right).abs().max().item() if right.numel() else 0.0
+    return Checked(name, q, road, why, off / top if top else off, off <= rtol * top + 1e-13)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hookjac.factor import Dense, Factor, Outer, total
+from hookjac.errors import HookjacError
+from hookjac.factor import Dense, Factor, Lookup, Outer, total
 from hookjac.graph import Bend, Edge, Node, children, meta, pull, signed
 from hookjac.route import Key, Route
 from hookjac.rule import node_rule
@@ -100,7 +101,15 @@ def received(
     found: dict[int, Factor] = {}
     call = route.calls.get(key)
     if call is not None and call.rule.factors is not None:
-        for attribute, factor in call.rule.factors(call, G, layout).items():
+        answer = call.rule.factors(call, G, layout)
+        if not isinstance(answer, dict) or not answer.keys() <= call.params.keys():
+            said = f"keys {sorted(answer)}" if isinstance(answer, dict) else f"a {type(answer).__name__}"
+            raise HookjacError(
+                f"rule {call.rule.name!r} of layer {call.name!r}: `factors` must return a dict from parameter names to "
+                f"factors, of {', '.join(map(repr, call.params))}; got {said}."
+            )
+        for attribute, factor in answer.items():
+            _demand(f"rule {call.rule.name!r} of layer {call.name!r}", factor, G, layout, call.params[attribute].shape)
             p = id(call.params[attribute])
             found[p] = total([found[p], factor]) if p in found else factor
         return found
@@ -108,9 +117,25 @@ def received(
     for p, use in uses.at.get(key, ()):
         if rule is None or not isinstance(use.slot, int) or only not in (None, p):
             continue
-        factor = _down(use.chain, rule.part(key, use.slot, G, layout))
+        factor = rule.part(key, use.slot, G, layout)
+        operand = children(key)[use.slot]
+        assert operand is not None
+        _demand(f"rule {rule.name!r} of the node {type(key).__name__}", factor, G, layout, meta(operand)[0])
+        factor = _down(use.chain, factor)
         found[p] = total([found[p], factor]) if p in found else factor
     return found
+
+
+def _demand(who: str, factor: object, G: Tensor, layout: Layout, shape: torch.Size) -> None:
+    """Refuse what cannot be a factor of this parameter: wrong shapes would broadcast into wrong numbers."""
+    if not isinstance(factor, (Dense, Outer, Lookup)):
+        raise HookjacError(f"{who} returned a {type(factor).__name__}, expected a Dense, Outer or Lookup.")
+    found, wanted = (factor.V, factor.N, *factor.param), (len(G), layout.N, *shape)
+    if found != wanted:
+        raise HookjacError(
+            f"{who} returned a factor of shape {list(found)}, expected [V, N, *p] = {list(wanted)} for {len(G)} "
+            f"columns and {layout.N} samples. Split the samples off with layout.split, and sum over other positions."
+        )
 
 
 def can_mix(route: Route, use: Use) -> bool:

@@ -25,7 +25,7 @@ class Row:
     inputs: Inputs
     parts: Callable[[], dict[str, nn.Module]] = dict
     note: str = ""
-    hessian: bool = True  # False: PyTorch has no second derivative of it, and neither have we
+    hessian: bool = True  # False: PyTorch has no second derivative of it to compare with
 
     def build(self) -> nn.Module:
         return Fn(self.way, layer=self.layer(), **self.parts())

@@ -147,11 +147,13 @@ def test_own_quantity_page_runs() -> None:
 
 def test_own_rule_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule, "_RULES", dict(rule._RULES))
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_rule.md").read_text(), re.S)
-    said = io.StringIO()
+    monkeypatch.setattr(rule, "_NODES", dict(rule._NODES))
+    said, names = io.StringIO(), {"__name__": "page"}
     with contextlib.redirect_stdout(said):
-        exec(snippet, {"__name__": "page"})
-    assert "2.gain" in said.getvalue()
+        for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_rule.md").read_text(), re.S):
+            exec(snippet, names)
+    for parameter in ("2.gain", "module.gain", "module.w", "input_scale.0"):
+        assert parameter in said.getvalue()
     assert "WRONG" not in said.getvalue()
 
 

@@ -131,7 +131,7 @@ ROWS = [
     Row("cdist", lambda: Fn(lambda m, x: m.b(torch.cdist(m.a(x).unsqueeze(1), m.c.unsqueeze(0)).squeeze(1)),
                             a=nn.Linear(D, 3), b=nn.Linear(4, C), c=par(4, 3)), hessian=False),
     Row("padding_idx", words(lambda: nn.Embedding(5, 3, padding_idx=1)), (3,), ids=5),
-    Row("scale_grad_by_freq", words(lambda: nn.Embedding(5, 3, scale_grad_by_freq=True)), (3,), ids=5, hessian=False),
+    Row("scale_grad_by_freq", words(lambda: nn.Embedding(5, 3, scale_grad_by_freq=True)), (3,), ids=5),
     *[Row(f"a bag with a repeated id, {mode}", words(lambda mode=mode: nn.EmbeddingBag(3, 3, mode=mode)), (5,), ids=3,
           hessian=False)
       for mode in ("sum", "mean", "max")],

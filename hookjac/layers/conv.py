@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Dense, Factor, Outer
-from hookjac.graph import Node
+from hookjac.graph import Edge, Node
 from hookjac.layers.broadcast import operand
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
@@ -60,7 +60,11 @@ def _part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, 
 
 
 def _channels_as_samples(node: Node, layout: Layout) -> str | None:
-    if layout.axis != 1 or layout.N == 1 or node._saved_groups > 1:
+    if layout.axis != 1 or layout.N == 1:
+        return None
+    weight = node.next_functions[1][0]
+    # the samples' own kernels, as groups of one convolution, are no parameters of the model
+    if node._saved_groups > 1 and (weight is None or Edge(weight, 0).leaf is None):
         return None
     return f"the {layout.N} output channels of a convolution would be the samples (was it given one image, unbatched?)"
 

@@ -26,13 +26,10 @@ def _counts(row: Tensor, rows: int, keep: Tensor) -> Tensor:
 
 def _embedding_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, *index, d]
     index: Tensor = node._saved_indices
-    rows = operand(node, 0)[0]
     along = [1] * index.dim()
     along[layout.axis] = -1
     sample = _sample_of(layout, index.shape[layout.axis], index.device).view(along).expand(index.shape)
     row, sample, g = index.reshape(-1), sample.reshape(-1), G.reshape(G.shape[0], -1, G.shape[-1])
-    if node._saved_scale_grad_by_freq:
-        g = g / _counts(row, rows, torch.ones_like(row))[row].unsqueeze(1)
     padding = signed(node._saved_padding_idx)
     if padding >= 0:
         keep = row != padding
@@ -59,18 +56,11 @@ def _bag_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G 
     return Lookup(G[:, bag] * weight.unsqueeze(1), row, sample[bag], layout.N, operand(node, 0))
 
 
-def _not_features(node: Node, slot: int, layout: Layout) -> bool:
-    return layout.axis < len(result(node)) - 1
+def _fits(node: Node, slot: int, layout: Layout) -> bool:
+    # scaled by frequency, the gradient is no derivative of anything, and a bag's not what PyTorch's documentation says
+    # (seen on 2.13): the nodes themselves then have the last word, in second order, too
+    return layout.axis < len(result(node)) - 1 and not node._saved_scale_grad_by_freq
 
 
-register(
-    NodeRule(name="embedding", nodes=("EmbeddingBackward0",), slots=(0,), fits=_not_features, part=_embedding_part)
-)
-
-
-def _bag_fits(node: Node, slot: int, layout: Layout) -> bool:
-    # scaled by frequency, PyTorch's own gradient is not what its documentation says (seen on 2.13): its node is right
-    return _not_features(node, slot, layout) and not node._saved_scale_grad_by_freq
-
-
-register(NodeRule(name="embedding bag", nodes=("EmbeddingBagBackward0",), slots=(0,), fits=_bag_fits, part=_bag_part))
+register(NodeRule(name="embedding", nodes=("EmbeddingBackward0",), slots=(0,), fits=_fits, part=_embedding_part))
+register(NodeRule(name="embedding bag", nodes=("EmbeddingBagBackward0",), slots=(0,), fits=_fits, part=_bag_part))
