@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, total
-from hookjac.graph import Edge, edge_of
+from hookjac.graph import Edge, edge_of, saved
 from hookjac.operator import Curvature, Quiet
 from hookjac.plan import Plan
 from hookjac.products import Product
@@ -51,8 +51,8 @@ class Receipt:
 class Walk:
     """One backward's worth of derivatives."""
 
-    def __init__(self, plan: Plan, quantities: Sequence[Quantity], quiet: Quiet) -> None:
-        self.plan, self.quantities, self._quiet = plan, quantities, quiet
+    def __init__(self, plan: Plan, quantities: Sequence[Quantity], quiet: Quiet, *, create_graph: bool = False) -> None:
+        self.plan, self.quantities, self._quiet, self._create_graph = plan, quantities, quiet, create_graph
         self.operators: dict[str, Curvature] = {}
         self.results: Results = {p: {} for p in plan.names}
         self.receipts = {p: Receipt(open=len(plan.uses.of.get(p, [])) + (p in plan.glue)) for p in plan.names}
@@ -66,7 +66,9 @@ class Walk:
 
     def run(self) -> Results:
         asked = {q.wish: q.name for q in reversed(self.quantities)}
-        with torch.no_grad():
+        if self._create_graph:
+            self.plan.demand_graph()
+        with torch.set_grad_enabled(self._create_graph):
             self.seeds = Seeds(self.plan, asked)
             for wish in asked:
                 if isinstance(wish, Graph):
@@ -86,7 +88,8 @@ class Walk:
                 self._finish(p)
         if self.seeds.start:
             plan, sources = self.plan, dict[Edge, Columns]()
-            for stop in walk(plan.route, self.seeds.start, plan.through, plan.visit, plan.uses.parted):
+            parted, graph = plan.uses.parted, self._create_graph
+            for stop in walk(plan.route, self.seeds.start, plan.through, plan.visit, parted, graph):
                 self._arrive(stop, sources)
             self._walk_masked(sources)
         for p, receipt in self.receipts.items():
@@ -210,7 +213,7 @@ class Walk:
             except HookjacError as error:
                 raise HookjacError(f"{q.name} of parameter {self.plan.names[p]!r}: {error}") from error
             plain = isinstance(found, Tensor) and not isinstance(found, JacTensor)
-            self.results[p][q.name] = found.detach() if plain else found
+            self.results[p][q.name] = saved(found) if plain else found
         receipt.factors.clear()
         receipt.crossings.clear()
         receipt.open = 0

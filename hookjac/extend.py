@@ -34,6 +34,9 @@ class extend:
 
     quantities: names or records (`hookjac.HessDiag(road="columns")`); none: grad_sample, jac, hess_diag.
     output: which tensor to differentiate when the model returns several: a key, an index or a callable.
+    create_graph: results carry a graph back to parameters and inputs, so that they can stand inside a loss (a penalty
+        on the Jacobian, a loss of gradient norms). For quantities of the gradient and the Jacobian. The graph of the
+        backward stays alive until you `del` the results; autograd's nodes do the work of module rules.
 
     Any of `loss.backward()`, `torch.autograd.backward` and `torch.autograd.grad` (towards parameters) inside the
     block triggers it, and each replaces the results of the one before. Results are plain attributes of the trainable
@@ -44,7 +47,9 @@ class extend:
     parameters, and on tensors outside the forward, neither see nor change our results; see README, Limits, for others.
     """
 
-    def __init__(self, model: nn.Module, *quantities: str | Quantity, output: Select = None) -> None:
+    def __init__(
+        self, model: nn.Module, *quantities: str | Quantity, output: Select = None, create_graph: bool = False
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"extend expects a torch.nn.Module, got {type(model).__name__}: {model!r:.80}")
         if isinstance(model, nn.DataParallel):
@@ -55,6 +60,13 @@ class extend:
         self.model = model
         self.quantities = parse(quantities)
         self._output = output
+        self._create_graph = create_graph
+        curved = [q.name for q in self.quantities if q.curved]
+        if create_graph and curved:
+            raise ValueError(
+                f"create_graph=True serves quantities of the gradient and of the Jacobian; {curved[0]!r} is made of "
+                "second derivatives. Ask for it in a block of its own, or name what you want: extend(model, 'jac')."
+            )
         self._stack: contextlib.ExitStack | None = None
         self._explanation: Explanation | None = None
         self._operators: dict[str, Curvature] = {}
@@ -79,13 +91,15 @@ class extend:
         self._known = {id(p): name for name, p in params.items()}
         self._held = list(params.values())  # ids stay theirs while we compare them
         with contextlib.ExitStack() as stack:
-            tape = Tape(self.model, self._output)
+            # a layer's note holds no graph to what it saved; its autograd nodes do
+            tape = Tape(self.model, self._output, rules=not self._create_graph)
             stack.callback(tape.remove)
             tape.install()
-            if any(q.curved for q in self.quantities):
+            if self._create_graph or any(q.curved for q in self.quantities):
                 stack.enter_context(_MATH_ATTENTION)
             stack.enter_context(_QUIET_VMAP)
-            self._watch = Watch(tape, self._backward, any(isinstance(q.wish, Graph) for q in self.quantities))
+            keep = self._create_graph or any(isinstance(q.wish, Graph) for q in self.quantities)
+            self._watch = Watch(tape, self._backward, keep)
             stack.callback(self._watch.leave)
             self._watch.enter()
             self._tape = tape
@@ -185,7 +199,8 @@ class extend:
         current = {id(p) for p in self.model.parameters()}
         with Recomputed() as recomputed:
             plan = make_plan(self._tape, loss, params, self._known, current, recomputed)
-            walk = Walk(plan, self.quantities, functools.partial(self._watch.quiet, self.model))
+            quiet = functools.partial(self._watch.quiet, self.model)
+            walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
             results = walk.run()
         self._operators = walk.operators
         self._explanation = explain(self.model, plan, walk.seeds.roads)

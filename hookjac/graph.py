@@ -65,6 +65,11 @@ def signed(saved: int) -> int:
     return saved - (1 << 64) if saved >= 1 << 63 else saved
 
 
+def saved(t: Tensor) -> Tensor:
+    """What a node saved, for a result: with its history if the result shall be differentiated (grad mode is on)."""
+    return t if torch.is_grad_enabled() else t.detach()
+
+
 def edge_of(tensor: Tensor) -> Edge:
     """Where the gradient of `tensor` flows in. Leaves get their accumulator."""
     if tensor.grad_fn is not None:
@@ -160,17 +165,17 @@ def fill(node: Node, grads: dict[int, Tensor], lead: tuple[int, ...]) -> list[Te
 def pull(node: Node, grads: dict[int, Tensor]) -> list[Tensor | None]:
     """V columns through one node by autograd's own formula.
 
-    `grads`: output number -> [V, *out]. Returns [V, *in] for each of the node's `next_functions`.
+    `grads`: output number -> [V, *out]. Returns [V, *in] for each of the node's `next_functions`; with grad mode on,
+    they carry a graph back to the columns and to what the node saved.
     """
     V = next(iter(grads.values())).shape[0]
     columns = fill(node, grads, (V,))
     after = children(node)
-    with torch.no_grad():
-        if V == 1:
-            out = _apply(node, [c[0] for c in columns])
-            found = [None if t is None else t.unsqueeze(0) for t in out]
-        else:
-            found = _batched(node, columns)
+    if V == 1:
+        out = _apply(node, [c[0] for c in columns])
+        found = [None if t is None else t.unsqueeze(0) for t in out]
+    else:
+        found = _batched(node, columns)
     return [None if t is None or edge is None else fit(t, edge, 1) for t, edge in zip(found, after, strict=True)]
 
 

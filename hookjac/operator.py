@@ -33,10 +33,8 @@ class Curvature:
         self._names: Mapping[int, str] = plan.names
         self._params = {p: edge_of(t) for p, t in plan.params.items()}
         self._sizes = {p: t.numel() for p, t in plan.params.items()}
+        plan.demand_graph()
         with second_backward(list(plan.names.values())):
-            plan.route.demand_twice(k for k in plan.route.order if k in plan.needed)
-            if not plan.route.reopened.isdisjoint(plan.needed):
-                raise RuntimeError("a reentrant checkpoint has none")
             with torch.enable_grad():
                 if kind == "hessian":
                     self._first = gradients([plan.top.loss], list(self._params.values()), [None], create_graph=True)

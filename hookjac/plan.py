@@ -18,6 +18,7 @@ from hookjac.checkpoints import Recomputed
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, meta
 from hookjac.loss import Top, top
+from hookjac.products import second_backward
 from hookjac.route import Columns, Group, Key, Route, Stop, walk
 from hookjac.rule import Call, node_rule
 from hookjac.samples import Layout, agree, find, random, scaled, scales
@@ -53,6 +54,13 @@ class Plan:
         # what only a rule's parameters are made of is the rule's affair: with one sample it would look like data
         self._find_masked(reachable(self.route, starts, lambda key: self.uses.data(self.route, key)))
         self._find_glue()
+
+    def demand_graph(self) -> None:
+        """Refuse a second backward through what autograd would take the derivatives of for zero."""
+        with second_backward(list(self.names.values())):
+            self.route.demand_twice(k for k in self.route.order if k in self.needed)
+            if not self.route.reopened.isdisjoint(self.needed):
+                raise RuntimeError("a reentrant checkpoint has none")
 
     def _find_masked(self, walked: Collection[Key]) -> None:
         """Bottom up: a station whose child needs samples apart, and cannot part them itself, must part them."""

@@ -257,15 +257,16 @@ def walk(
     through: Collection[Key],
     visit: Collection[Key] = (),
     closed: Mapping[Key, Collection[int]] | None = None,
+    create_graph: bool = False,
 ) -> Iterator[Stop]:
     """Columns from `seeds` downwards, each station once, after all its consumers.
 
     Columns go on through the stations in `through`; those only in `visit` are shown but not passed. `closed`: inputs
-    of stations that they do not leave by.
+    of stations that they do not leave by. create_graph: the columns shall be differentiable themselves.
     """
     buffers: dict[Edge, Columns] = {edge: dict(columns) for edge, columns in seeds.items()}
     both = set(through) | set(visit)
-    with torch.no_grad():
+    with torch.set_grad_enabled(create_graph):
         for key in route.order:
             if key not in both:
                 continue

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hookjac.curvature import Averaging, Bundle, cut, loss_hessian, unit_columns
 from hookjac.errors import HookjacError
-from hookjac.graph import Edge, meta
+from hookjac.graph import Edge, meta, saved
 from hookjac.plan import Plan
 from hookjac.quantity.record import GGN, Averaged, Graph, Hessian, Loss, Output, Sampled, Wish
 from hookjac.roads import Roads, choose, refuse_endless
@@ -65,7 +65,7 @@ class Seeds:
             self._demand_summands()
         if self._named(Loss) or by_columns:
             for edge, g in zip(plan.top.frontier, plan.top.gradients, strict=True):
-                self.start.setdefault(edge, {})[self.loss] = g.detach().unsqueeze(0)
+                self.start.setdefault(edge, {})[self.loss] = saved(g).unsqueeze(0)
             self.groups[Loss()] = self.loss
         self._seed_outputs()
         if self._named(GGN, Sampled, Averaged) or by_columns:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hookjac.errors import HookjacError
-from hookjac.factor import Dense, Factor, Lookup, add_gram
+from hookjac.factor import Dense, Factor, Lookup, add_gram, root
 
 
 class JacTensor(Tensor):
@@ -71,7 +71,7 @@ class JacTensor(Tensor):
 
     def norms(self) -> Tensor:
         """[N, *out]: the length of each row."""
-        return self.intact.norms().clamp(min=0).sqrt().T.reshape(self.shape[0], *self.out).to(self.dtype)
+        return root(self.intact.norms()).T.reshape(self.shape[0], *self.out).to(self.dtype)
 
     def sq_sum(self) -> Tensor:
         """[*p]: squares summed over samples and outputs."""
@@ -113,6 +113,8 @@ class JacTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if func == _REQUIRES_GRAD:
+            return any(t.requires_grad for t in args[0].factor.tensors)
         if name in _ABOUT or name == "__get__":
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -140,6 +142,7 @@ def _versions(factor: Factor) -> tuple[int, ...]:
     return tuple(0 if t.is_inference() else t._version for t in factor.tensors)
 
 
+_REQUIRES_GRAD: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 # what a tensor says of itself, without being read
 _ABOUT = {"dim", "size", "numel", "nelement", "ndimension", "element_size", "is_floating_point", "is_complex", "stride",
           "get_device", "__len__", "__hash__", "is_inference", "is_contiguous", "is_same_size", "storage_offset",
@@ -271,7 +274,7 @@ _STRUCTURED: dict[str, Callable[..., Any]] = {
     "float": _as(torch.float32),
     "half": _as(torch.float16),
     "bfloat16": _as(torch.bfloat16),
-    "detach": lambda jac: jac._like(jac.intact),
+    "detach": lambda jac: jac._like(jac.intact.map(Tensor.detach)),
     "clone": lambda jac, **kwargs: jac._like(jac.intact.map(torch.clone)),
     "to_dense": lambda jac, *args, **kwargs: jac.to_dense(),
 }

@@ -99,8 +99,8 @@ def _listed(names: Any) -> str:
 class Tape:
     """Notes on the graph of one model, while it is installed."""
 
-    def __init__(self, model: nn.Module, output: Select) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, output: Select, *, rules: bool = True) -> None:
+        self.model, self.rules = model, rules
         self.names = {module: name for name, module in model.named_modules()}
         self.output = output
         self.calls_without_grad = 0
@@ -177,7 +177,7 @@ class Tape:
         name = self.names.get(module)
         if name is None:
             return
-        if isinstance(output, Tensor) and output.grad_fn is not None:
+        if self.rules and isinstance(output, Tensor) and output.grad_fn is not None:
             self._layer(module, name, args, kwargs, output)
         if module is self.model and not module._forward_hooks:
             self._root(args, kwargs, output)

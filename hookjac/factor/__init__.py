@@ -24,10 +24,10 @@ from torch import Tensor
 
 from hookjac.factor.dense import Dense
 from hookjac.factor.lookup import Lookup
-from hookjac.factor.metric import quad_block
+from hookjac.factor.metric import quad_block, root
 from hookjac.factor.outer import Outer
 
-__all__ = ["Dense", "Factor", "Lookup", "Outer", "add_gram", "each_gram", "paired", "quad_block", "total"]
+__all__ = ["Dense", "Factor", "Lookup", "Outer", "add_gram", "each_gram", "paired", "quad_block", "root", "total"]
 
 Factor = Dense | Outer | Lookup
 

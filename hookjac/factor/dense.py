@@ -95,7 +95,7 @@ class Dense:
         for n in range(0, self.N, step):
             rows = A[n : n + step]
             part = rows.reshape(rows.shape[0] * self.V, B.shape[1]) @ B.T
-            out[n : n + step] += part.reshape(rows.shape[0], self.V, other.N, other.V)
+            out[n : n + step].add_(part.reshape(rows.shape[0], self.V, other.N, other.V))
 
     def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
         return summed_block(self._flat(), metric)

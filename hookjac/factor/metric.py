@@ -22,8 +22,8 @@ def shared(t: Tensor) -> bool:
 def is_unit(t: Tensor) -> bool:  # [V, N, D]
     """True if column v is the v-th unit vector, for every sample. Costs V², saves a product of V³."""
     V, N, D = t.shape
-    if V != D or N == 0 or not (shared(t) or N == 1):
-        return False
+    if V != D or N == 0 or not (shared(t) or N == 1) or t.requires_grad:
+        return False  # what is a unit by value only, an identity weight's, has derivatives of its own
     return torch.equal(t[:, 0], torch.eye(V, dtype=t.dtype, device=t.device))
 
 
@@ -64,6 +64,11 @@ def quad_block(A: Tensor, metric: Tensor) -> Tensor:  # A [V, N, D], metric [N, 
     if metric.dim() == 2:
         return (rows * metric.unsqueeze(2)).transpose(1, 2) @ rows
     return rows.transpose(1, 2) @ (metric @ rows)
+
+
+def root(t: Tensor) -> Tensor:
+    """The root of a sum of squares, whatever rounding made of a zero; its derivative at zero is taken as zero."""
+    return torch.where(t > 0, t, 1).sqrt() * (t > 0)
 
 
 def weighed(A: Tensor, metric: Tensor | None) -> Tensor:  # A [V, N, ...] -> [V, N, ...]

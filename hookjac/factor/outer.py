@@ -161,7 +161,7 @@ class Outer:
             gg = (g.flatten(1, 3) @ its_g.flatten(2)).reshape(*g.shape[:4], *its_g.shape[2:])
             aa = (a.flatten(1, 2) @ its_a.flatten(2)).reshape(*a.shape[:3], *its_a.shape[2:])
             part = gg * aa[:, :, None, :, :, None, :]  # [B, n, V, L, N', V', L']
-            out[here] += part[0, :, :, 0, :, :, 0] if B * L * L2 == 1 else part.sum((0, 3, 6))
+            out[here].add_(part[0, :, :, 0, :, :, 0] if B * L * L2 == 1 else part.sum((0, 3, 6)))
 
     def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
         total: Tensor | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Dense, Factor
-from hookjac.graph import Edge, Node, children, meta
+from hookjac.graph import Edge, Node, children, meta, saved
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
@@ -61,13 +61,11 @@ def arithmetic(name: str, *nodes: str, slopes: dict[int, Callable[[Node], Tensor
 
 
 def _other(node: Node) -> Tensor:
-    found: Tensor = node._saved_other
-    return found.detach()
+    return saved(node._saved_other)
 
 
 def _self(node: Node) -> Tensor:
-    found: Tensor = node._saved_self
-    return found.detach()
+    return saved(node._saved_self)
 
 
 register(arithmetic("sum", "AddBackward0", slopes={0: lambda n: 1.0, 1: lambda n: n._saved_alpha}))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Dense, Factor, Outer
-from hookjac.graph import Edge, Node
+from hookjac.graph import Edge, Node, saved
 from hookjac.layers.broadcast import operand
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
@@ -50,7 +50,7 @@ def _part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, 
     if slot == 2:
         t = layout.split(G.flatten(3).sum(3))  # [V, N, (L), O]
         return Dense(t if t.dim() == 3 else t.sum(2), fresh=True)
-    x, weight, groups = node._saved_input.detach(), operand(node, 1), node._saved_groups
+    x, weight, groups = saved(node._saved_input), operand(node, 1), node._saved_groups
     G = G.reshape(-1, *G.shape[2:])
     if node._saved_transposed:
         g, a = patches(G, groups, x.shape[2:], weight[2:], node), _grouped(x, groups)

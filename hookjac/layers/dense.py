@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hookjac.factor import Dense, Factor, Outer
-from hookjac.graph import Node
+from hookjac.graph import Node, saved
 from hookjac.layers.broadcast import operand, stretched, summed
 from hookjac.rule import Call, NodeRule, Rule, register
 from hookjac.samples import Layout
@@ -73,7 +73,7 @@ def _columns(t: Tensor, layout: Layout) -> Tensor:  # samples among the columns:
 
 def _product(g: Tensor, a: Tensor, scale: float, *, swapped: bool) -> Outer:
     g = g if scale == 1 else g * scale
-    return Outer(g.unsqueeze(2), a.detach().unsqueeze(1), swapped=swapped)
+    return Outer(g.unsqueeze(2), saved(a).unsqueeze(1), swapped=swapped)
 
 
 def _mm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
@@ -108,16 +108,14 @@ def _bmm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
         t = layout.split(t)
         return t.unsqueeze(3) if t.dim() == 4 else t
 
-    return Outer(blocks(G), blocks(node._saved_self.detach().unsqueeze(0))[0], operand(node, 1), swapped=True)
+    return Outer(blocks(G), blocks(saved(node._saved_self).unsqueeze(0))[0], operand(node, 1), swapped=True)
 
 
 def _mv_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
     """out [r] = left [r, k] @ right [k], samples among the rows."""
     g = layout.split(G)  # [V, N, L] or [V, N]
     g = (g.unsqueeze(2) if g.dim() == 2 else g).unsqueeze(3)
-    return Outer(
-        g.unsqueeze(2), _rows(node._saved_self.detach().unsqueeze(0), layout)[0].unsqueeze(1), operand(node, 1)
-    )
+    return Outer(g.unsqueeze(2), _rows(saved(node._saved_self).unsqueeze(0), layout)[0].unsqueeze(1), operand(node, 1))
 
 
 def _mm_fits(node: Node, slot: int, layout: Layout) -> bool:
@@ -153,7 +151,7 @@ register(
 
 def _trilinear_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
     """nn.Bilinear: out [r, o] = sum_ab x[r, a] w[o, a, b] y[r, b], samples among the rows."""
-    x, y = node._saved_i1.detach(), node._saved_i3.detach()
+    x, y = saved(node._saved_i1), saved(node._saved_i3)
     both = (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1)  # [rows, a b]
     a = _rows(both.unsqueeze(0), layout)[0]
     return Outer(_rows(G, layout).unsqueeze(2), a.unsqueeze(1), operand(node, 1))

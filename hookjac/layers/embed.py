@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Factor, Lookup
-from hookjac.graph import Node, signed
+from hookjac.graph import Node, saved, signed
 from hookjac.layers.broadcast import operand, result
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
@@ -50,7 +50,7 @@ def _bag_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G 
         return Lookup(g, place.clamp(min=0), sample.repeat_interleave(d), layout.N, operand(node, 0))
     weight = keep.to(G.dtype)
     if node._saved_per_sample_weights is not None:
-        weight = weight * node._saved_per_sample_weights.detach()
+        weight = weight * saved(node._saved_per_sample_weights)
     if node._saved_mode == 1:
         weight = weight / filled.clamp(min=1)[bag]
     return Lookup(G[:, bag] * weight.unsqueeze(1), row, sample[bag], layout.N, operand(node, 0))

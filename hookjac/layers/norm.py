@@ -10,15 +10,27 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Dense, Factor
-from hookjac.graph import Node
+from hookjac.graph import Node, saved
 from hookjac.layers.broadcast import result
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
 
+def _normal(x: Tensor, mean: Tensor, rstd: Tensor, axes: list[int]) -> Tensor:
+    """(x - mean) rstd. A node may keep mean and rstd as numbers: where a graph is wanted they must get theirs back."""
+    if torch.is_grad_enabled() and x.requires_grad and not mean.requires_grad:
+        own = x.mean(axes, keepdim=True)
+        variance = (x - own).square().mean(axes, keepdim=True)
+        mean = mean + (own - own.detach())
+        rstd = (rstd.pow(-2) + (variance - variance.detach())).rsqrt()
+    return saved((x - mean) * rstd)
+
+
 def _layer_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
     if slot == 1:
-        G = G * ((node._saved_input - node._saved_result1) * node._saved_result2).detach()
+        x = node._saved_input
+        axes = list(range(x.dim() - len(node._saved_normalized_shape), x.dim()))
+        G = G * _normal(x, node._saved_result1, node._saved_result2, axes)
     rows = layout.split(G)
     positions = list(range(2, rows.dim() - len(node._saved_normalized_shape)))
     return Dense(rows.sum(positions) if positions else rows, fresh=bool(positions) or slot == 1)
@@ -30,7 +42,7 @@ def _layer_fits(node: Node, slot: int, layout: Layout) -> bool:
 
 def _channel_part(normal: Tensor | None, G: Tensor, layout: Layout) -> Factor:
     """G [V, rows, C, *space], summed over all but samples and channels."""
-    G = G if normal is None else G * normal.detach()
+    G = G if normal is None else G * saved(normal)
     G = G.flatten(3).sum(3) if G.dim() > 3 else G
     rows = layout.split(G)  # [V, N, (L), C]
     return Dense(rows if rows.dim() == 3 else rows.sum(2))
@@ -41,7 +53,7 @@ def _group_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
         return _channel_part(None, G, layout)
     x = node._saved_input
     grouped = x.reshape(x.shape[0], node._saved_group, -1)
-    normal = (grouped - node._saved_result1.unsqueeze(2)) * node._saved_result2.unsqueeze(2)
+    normal = _normal(grouped, node._saved_result1.unsqueeze(2), node._saved_result2.unsqueeze(2), [2])
     return _channel_part(normal.reshape(x.shape), G, layout)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hookjac.factor import Dense, Factor, add_gram
+from hookjac.factor import Dense, Factor, add_gram, root
 from hookjac.quantity.record import Quantity, Received, chosen
 
 Samples = Sequence[int] | Tensor | None
@@ -45,7 +45,7 @@ def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
     """
 
     def reduce(got: Received) -> Tensor:
-        return squares(got).clamp(min=0).sqrt().to(got.param.dtype)
+        return root(squares(got)).to(got.param.dtype)
 
     return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Factor, paired
+from hookjac.graph import saved
 from hookjac.products import Product
 
 Road = Literal["auto", "columns", "features", "entries"]  # how a Hessian is found; see `roads`
@@ -127,7 +128,7 @@ class Received:
         """[V, M, *p]: the one group of columns as a dense tensor; each sample has its share of a penalty."""
         factor = self.factor
         out = self.zeros(1, self.M) if factor is None else factor.dense()
-        return out if self.direct is None else out + self.direct.head.detach() / self.N
+        return out if self.direct is None else out + saved(self.direct.head) / self.N
 
     def diagonal(self) -> Tensor:
         """[*p]: the diagonal of the curvature."""
