@@ -6,6 +6,7 @@ with hookjac.extend(model):
 """
 
 from hookjac import layers as layers
+from hookjac.accumulate import Accumulated, accumulate, load
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.jacobian import Jacobian
@@ -33,6 +34,7 @@ from hookjac.quantity import (
     Quantity,
     Received,
 )
+from hookjac.quantity.record import Adds
 from hookjac.rule import NodeRule, Rule, register
 from hookjac.structured import JacTensor
 
@@ -42,6 +44,8 @@ __all__ = [
     "GGNMP",
     "KFAC",
     "NTK",
+    "Accumulated",
+    "Adds",
     "Curvature",
     "GGNBlock",
     "GGNDiag",
@@ -67,6 +71,8 @@ __all__ = [
     "Quantity",
     "Received",
     "Rule",
+    "accumulate",
     "extend",
+    "load",
     "register",
 ]

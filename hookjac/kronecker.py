@@ -21,7 +21,7 @@ class Kronecker:
 
     A: [i, i], or its diagonal [i] (a table's rows), or [b, i, i] with groups; None for a bias, or whatever else has no
     input side, where B alone is the matrix. B: [o, o], or [b, o, o]. shape: the parameter's. swapped: the parameter is
-    [i, o] in memory order, so that the matrix is A (x) B.
+    [i, o] in memory order, so that the matrix is A (x) B. rows: how many inputs A is the mean of.
 
     `to_dense()`, `K @ v` for v [*p] or [k, *p], `trace()`, `logdet(damping)`, `inverse(damping)`, `solve(v, damping)`,
     `eigen()`; sums and multiples, as moving averages of the factors need them, through `lerp`.
@@ -31,6 +31,7 @@ class Kronecker:
     B: Tensor
     shape: torch.Size
     swapped: bool = False
+    rows: int = 0
 
     @property
     def _a(self) -> Tensor:  # [b, i, i]

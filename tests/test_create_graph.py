@@ -83,7 +83,8 @@ def agree(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
 
 OF_ROWS: dict[str, tuple[Callable[[Any], Tensor], Callable[[Tensor], Tensor]]] = {
     "dense": (lambda j: (j * weights(j, 2)).square().sum(), lambda j: (j * weights(j, 2)).square().sum()),
-    "gram": (lambda j: (j.gram() ** 2).sum(), lambda j: (torch.einsum("ncp,mdp->ncmd", *[j.flatten(2)] * 2) ** 2).sum()),
+    "gram": (lambda j: j.gram().square().sum(),
+             lambda j: torch.einsum("ncp,mdp->ncmd", *[j.flatten(2)] * 2).square().sum()),
     "norms": (lambda j: j.norms().sin().sum(), lambda j: j.flatten(2).norm(dim=2).sin().sum()),
     "squares": (lambda j: j.sq_sum().sin().sum(), lambda j: j.square().sum((0, 1)).sin().sum()),
     "times": (lambda j: j.times(weights(j[0, 0], 3)).square().sum(),

@@ -28,7 +28,7 @@ PACKAGE = ROOT / "hookjac"
 ORDER = [
     "errors", "samples", "graph", "checkpoints", "progress", "products", "factor", "rule", "layers", "tape", "watch",
     "route", "uses", "kinks", "loss", "plan", "operator", "kronecker", "structured", "jacobian", "quantity",
-    "curvature", "roads", "seeds", "engine", "explain", "extend", "", "testing", "demo", "__main__",
+    "curvature", "roads", "seeds", "engine", "explain", "extend", "accumulate", "", "testing", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.quantity.gradient import Samples
-from hookjac.quantity.record import GGN, Hessian, Quantity, Received, Road, Sampled, Wish, chosen
+from hookjac.quantity.record import GGN, Adds, Hessian, Quantity, Received, Road, Sampled, Wish, chosen
 
 _BLOCK = 1 << 28  # entries of a block: two gigabytes in float64
 
@@ -28,7 +28,7 @@ def GGNDiag(*, subsample: Samples = None) -> Quantity:
     around all outputs, the first layer's output stands for one. For cross entropy of logits it is the Fisher
     information (Schraudolph 2002, Martens 2014). Units: loss / parameter². Cost: C backwards.
     """
-    return Quantity(name="ggn_diag", columns=GGN(), reduce=_diagonal, subsample=chosen(subsample))
+    return Quantity(name="ggn_diag", columns=GGN(), reduce=_diagonal, subsample=chosen(subsample), adds=Adds())
 
 
 def GGNDiagSample(*, subsample: Samples = None) -> Quantity:
@@ -48,7 +48,7 @@ def GGNDiagMC(*, samples: int = 1, generator: torch.Generator | None = None, sub
     E[u wᵀ] = H_n. Units: loss / parameter². Cost: `samples` backwards, whatever C is.
     """
     wish = Sampled(samples, generator)
-    return Quantity(name="ggn_diag_mc", columns=wish, reduce=_diagonal, subsample=chosen(subsample))
+    return Quantity(name="ggn_diag_mc", columns=wish, reduce=_diagonal, subsample=chosen(subsample), adds=Adds())
 
 
 def HessDiag(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Samples = None) -> Quantity:
@@ -62,7 +62,7 @@ def HessDiag(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Sample
     `ggn_diag`; else see `explain()`. Long work shows a progress bar where tqdm is installed.
     """
     wish = Hessian(road, flop_limit)
-    return Quantity(name="hess_diag", columns=wish, reduce=_diagonal, subsample=chosen(subsample))
+    return Quantity(name="hess_diag", columns=wish, reduce=_diagonal, subsample=chosen(subsample), adds=Adds())
 
 
 def HessDiagSample(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Samples = None) -> Quantity:
@@ -115,7 +115,7 @@ def GGNBlock(*, subsample: Samples = None) -> Quantity:
     Penalties add their own Hessian. For small parameters: P² entries are written. Units: loss / parameter². Cost: C
     backwards, and N C P².
     """
-    return Quantity(name="ggn_block", columns=GGN(), reduce=_block, subsample=chosen(subsample))
+    return Quantity(name="ggn_block", columns=GGN(), reduce=_block, subsample=chosen(subsample), adds=Adds())
 
 
 def HessBlock(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Samples = None) -> Quantity:
@@ -125,7 +125,7 @@ def HessBlock(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Sampl
     `hess_diag`, and a product of columns of P² for each.
     """
     wish = Hessian(road, flop_limit)
-    return Quantity(name="hess_block", columns=wish, reduce=_block, subsample=chosen(subsample), full=True)
+    return Quantity(name="hess_block", columns=wish, reduce=_block, subsample=chosen(subsample), full=True, adds=Adds())
 
 
 def _block(got: Received) -> Tensor:

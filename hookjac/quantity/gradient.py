@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Dense, Factor, add_gram, root
-from hookjac.quantity.record import Quantity, Received, chosen
+from hookjac.graph import saved
+from hookjac.quantity.record import Adds, Quantity, Received, chosen
 
 Samples = Sequence[int] | Tensor | None
 
@@ -76,7 +77,8 @@ def GradSqSum(*, subsample: Samples = None) -> Quantity:
     It refers to the loss as it was reduced: under a mean loss, N² times this is the sum in the natural scale. Units:
     (loss / parameter)². Cost: about one backward.
     """
-    return Quantity(name="grad_sq_sum", columns="loss", reduce=_sq_sum, subsample=chosen(subsample))
+    adds = Adds(powers=(2,))
+    return Quantity(name="grad_sq_sum", columns="loss", reduce=_sq_sum, subsample=chosen(subsample), adds=adds)
 
 
 def GradVar(*, subsample: Samples = None) -> Quantity:
@@ -87,15 +89,27 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
     backward.
     """
 
-    def reduce(got: Received) -> Tensor:
+    def measure(got: Received) -> tuple[Tensor, Tensor]:
         ones = torch.ones(1, 1, got.M, dtype=got.param.dtype, device=got.param.device)
-        mean = got.zeros() if got.factor is None else _back(got.factor, ones) / got.M
+        whole = got.zeros() if got.factor is None else _back(got.factor, ones)
         if got.direct is not None:
-            mean = mean + got.direct.head / got.N
-        found = got.N**2 * (_sq_sum(got) / got.M - mean.square())
-        return found.clamp(min=0).to(got.param.dtype)
+            whole = whole + saved(got.direct.head) * (got.M / got.N)
+        return whole.to(got.param.dtype), _sq_sum(got)
 
-    return Quantity(name="grad_var", columns="loss", reduce=reduce, subsample=chosen(subsample))
+    def variance(whole: Tensor, squares: Tensor, M: int, N: int) -> Tensor:
+        return (N**2 * (squares / M - (whole / M).square())).clamp(min=0)
+
+    def reduce(got: Received) -> Tensor:
+        return variance(*measure(got), got.M, got.N)
+
+    adds = Adds(
+        powers=(1, 2),
+        measure=measure,
+        split=lambda found: (list(found), {}),
+        join=lambda note, sums, N: variance(sums[0], sums[1], N, N),
+    )
+
+    return Quantity(name="grad_var", columns="loss", reduce=reduce, subsample=chosen(subsample), adds=adds)
 
 
 def _back(factor: Factor, U: Tensor) -> Tensor:

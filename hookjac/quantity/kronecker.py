@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, Lookup, Outer
 from hookjac.kronecker import Kronecker, KroneckerEigen
 from hookjac.quantity.gradient import Samples
-from hookjac.quantity.record import GGN, Averaged, Loss, Quantity, Received, Sampled, Wish, chosen
+from hookjac.quantity.record import GGN, Adds, Averaged, Loss, Quantity, Received, Sampled, Wish, chosen
 
 _SMALL = 1 << 13  # entries of a parameter without an input side: its B is the whole block
 
@@ -60,7 +60,29 @@ def KFAC(
         found = _factored(factor, metric, got.param, sharing == "reduce")
         return _correct(found, factor, metric) if corrected else found
 
-    return Quantity(name="kfac", columns=wishes[fisher], reduce=reduce, subsample=chosen(subsample))
+    power = 2 if fisher == "empirical" else 1
+    adds = Adds(powers=(0, 0, power), split=_split, join=_join, label=f"{fisher} {sharing}")
+    return Quantity(
+        name="kfac",
+        columns=wishes[fisher],
+        reduce=reduce,
+        subsample=chosen(subsample),
+        adds=None if corrected else adds,  # each batch has eigenvectors of its own
+    )
+
+
+def _split(found: Kronecker) -> tuple[list[Tensor], dict[str, Any]]:
+    """A as a sum over its rows, their number, and B."""
+    A = found.B.new_zeros(0) if found.A is None else found.A * found.rows
+    rows = torch.tensor(found.rows, dtype=torch.float64)
+    note = {"shape": list(found.shape), "swapped": found.swapped, "biased": found.A is None, "empty": not found.rows}
+    return [A, rows, found.B], note
+
+
+def _join(note: dict[str, Any], sums: list[Tensor], N: int) -> Kronecker:
+    A, rows, B = sums
+    A = A / max(1.0, rows.item())
+    return Kronecker(None if note["biased"] else A, B, torch.Size(note["shape"]), note["swapped"], int(rows))
 
 
 def _factored(factor: Factor, metric: Tensor | None, param: Tensor, reduce: bool) -> Kronecker:
@@ -69,17 +91,18 @@ def _factored(factor: Factor, metric: Tensor | None, param: Tensor, reduce: bool
         A, B = (t.to(dtype) for t in factor.kron(metric, reduce=reduce))
         if len(A) == 1:
             A, B = A[0], B[0]
-        return Kronecker(A, B, param.shape, factor.swapped)
+        rows = factor.N if reduce else factor.N * factor.a.shape[2]
+        return Kronecker(A, B, param.shape, factor.swapped, rows)
     if isinstance(factor, Lookup) and factor.g.shape[2] > 1:
         A, B = (t.to(dtype) for t in factor.kron(metric, reduce=reduce))
-        return Kronecker(A, B, param.shape, swapped=True)
+        return Kronecker(A, B, param.shape, swapped=True, rows=factor.N if reduce else len(factor.row))
     if param.numel() > _SMALL:
         raise HookjacError(
             f"a parameter of shape {tuple(param.shape)} reaches the output by a way without known factors (no rule, or "
             "rules of different kinds: a table that is a weight as well), and its whole block is too large. List the "
             "others in backward(inputs=...), freeze it, or use ggn_diag."
         )
-    return Kronecker(None, factor.block(metric).to(dtype), param.shape)
+    return Kronecker(None, factor.block(metric).to(dtype), param.shape, rows=factor.N)
 
 
 def _nothing(got: Received, corrected: bool) -> Kronecker | KroneckerEigen:

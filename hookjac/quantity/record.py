@@ -170,6 +170,25 @@ class Received:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adds:
+    """How the results of batches make up that of all of them: statistics that are summed.
+
+    powers: for each statistic, the power of the loss in it: 1 if twice the loss doubles it, 0 if it does not depend on
+        the loss. By it a mean over a batch becomes a mean over the data.
+    measure: from a `Received` to what is split; None: the quantity's own result.
+    split: that, as statistics and a note (JSON) of what else is needed; "empty" in the note: nothing arrived.
+    join: from the note, the sums and the number of samples to the result.
+    label: options that make results of two such quantities different things.
+    """
+
+    powers: tuple[int, ...] = (1,)
+    measure: Callable[[Received], Any] | None = None
+    split: Callable[[Any], tuple[list[Tensor], dict[str, Any]]] = lambda found: ([found], {})
+    join: Callable[[dict[str, Any], list[Tensor], int], Any] = lambda note, sums, N: sums[0]
+    label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantity:
     """A name (and attribute), the columns it wants, and how it reduces what a parameter received.
 
@@ -180,6 +199,7 @@ class Quantity:
     reduce: from a `Received` to the result.
     subsample: numbers of the samples it is about; None: all.
     full: it needs `Received.block` of the Hessian, not its diagonal only.
+    adds: how `accumulate` makes up the result of a data set; None: results of batches do not add up.
     """
 
     name: str
@@ -187,6 +207,7 @@ class Quantity:
     reduce: Callable[[Received], Any]
     subsample: tuple[int, ...] | None = None
     full: bool = False
+    adds: Adds | None = None
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or hasattr(Tensor, self.name):

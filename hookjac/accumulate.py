@@ -1,0 +1,392 @@
+"""Quantities of a whole data set: one pass over its batches, in the memory of one.
+
+N samples of the data set · n of one batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hookjac.errors import HookjacError
+from hookjac.extend import extend
+from hookjac.kronecker import Kronecker
+from hookjac.progress import Progress
+from hookjac.quantity import Quantity, parse
+from hookjac.quantity.record import Adds, Received
+from hookjac.tape import Select
+
+_FORMAT = "hookjac 1"
+
+
+class Accumulated(Mapping[str, dict[str, Any]]):
+    """What `accumulate` returns: quantity -> name of a parameter -> its result. samples, batches: how many it is of.
+
+    `save(path)` writes a safetensors file, which `hookjac.load(path)` reads.
+    """
+
+    def __init__(self, results: Mapping[str, dict[str, Any]], samples: int, batches: int) -> None:
+        self._results, self.samples, self.batches = dict(results), samples, batches
+
+    def __getitem__(self, quantity: str) -> dict[str, Any]:
+        return self._results[quantity]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __repr__(self) -> str:
+        return f"Accumulated({', '.join(self._results)}; {self.samples} samples in {self.batches} batches)"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all results to a safetensors file (needs safetensors); what was there stays whole until it is done."""
+        tensors: dict[str, Tensor] = {}
+        notes: dict[str, Any] = {}
+        for q, found in self._results.items():
+            for name, value in found.items():
+                place = f"{q}/{name}"
+                if isinstance(value, Kronecker):
+                    note = {"shape": list(value.shape), "swapped": value.swapped, "rows": value.rows}
+                    tensors[f"{place}/B"] = value.B
+                    if value.A is not None:
+                        tensors[f"{place}/A"] = value.A
+                    notes[place] = {"kronecker": note}
+                elif isinstance(value, Tensor):
+                    tensors[place], notes[place] = value, {}
+                else:
+                    raise HookjacError(f"{q} of {name!r} is a {type(value).__name__}; only tensors can be saved")
+        _write(Path(path), tensors, {"results": notes, "samples": self.samples, "batches": self.batches})
+
+
+def load(path: str | os.PathLike[str]) -> Accumulated:
+    """What `Accumulated.save` wrote. Reads tensors and numbers only: nothing in the file is run."""
+    tensors, about = _read(Path(path), "results")
+    found: dict[str, dict[str, Any]] = {}
+    for place, note in about["results"].items():
+        q, name = place.split("/", 1)
+        if "kronecker" in note:
+            kind = note["kronecker"]
+            A, B = tensors.get(f"{place}/A"), tensors[f"{place}/B"]
+            value: Any = Kronecker(A, B, torch.Size(kind["shape"]), kind["swapped"], kind["rows"])
+        else:
+            value = tensors[place]
+        found.setdefault(q, {})[name] = value
+    return Accumulated(found, about["samples"], about["batches"])
+
+
+def accumulate(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor] | None,
+    loader: Iterable[Any],
+    *quantities: str | Quantity,
+    reduction: Literal["mean", "sum"] = "mean",
+    output: Select = None,
+    step: Callable[[nn.Module, Any], Tensor] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 50,
+) -> Accumulated:
+    """Quantities of the loss of a whole data set, batch by batch, in the memory of one batch and of the result.
+
+        found = hookjac.accumulate(model, F.cross_entropy, loader, "ggn_diag", "kfac", checkpoint="run.safetensors")
+
+    Results are put on the parameters as by `extend`, and returned. `p.grad` is not touched. The mode of the model
+    (train, eval) is yours. Exact to rounding: what one backward of the whole data set's loss would give.
+
+    loss_fn: of the model's output and the targets, where batches are (inputs, *targets). Inputs may be a tuple or a
+        dict of arguments. For batches of another form leave it None and give `step`, from (model, batch) to the loss.
+    reduction: how the loss reduces a batch, and how the data set's loss is then made: "mean" over samples (a batch of
+        n samples counts n times), or "sum". A mean over anything else (weighted, over tokens) is right only for batches
+        that have equally much of it.
+    quantities: those whose batches add up: grad_sq_sum, grad_var, ggn_diag, ggn_diag_mc, hess_diag, ggn_block,
+        hess_block, kfac, and your own with `adds=hookjac.Adds()`.
+    output: as for `extend`.
+    checkpoint: a file (needs safetensors) where the sums so far and the random state are kept, written every `every`
+        batches, always whole. If it is there, the run goes on from it: batches already seen are drawn and skipped, and
+        the result is equal to the last bit, provided that the loader gives the same batches (a shuffling DataLoader
+        does: its random state is kept, too; one that draws random augmentations does not, and is refused). A file of
+        another model, other weights or other quantities is refused.
+
+    Units: as each quantity has them. Cost: for each batch what `extend` costs. A bar shows where it takes long (tqdm).
+    """
+    asked = parse(quantities)
+    for q in asked:
+        _demand_adds(q)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if (loss_fn is None) == (step is None):
+        raise ValueError("give either a loss_fn of output and targets, or step= from (model, batch) to the loss")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a positive number of batches, got {every!r}")
+    own = getattr(loss_fn, "reduction", reduction)
+    if own != reduction:
+        raise ValueError(f"loss_fn has reduction={own!r}, but accumulate was told reduction={reduction!r}")
+    return _Run(model, loss_fn, loader, asked, reduction, output, step).run(
+        None if checkpoint is None else Path(checkpoint), every
+    )
+
+
+def _demand_adds(q: Quantity) -> None:
+    if q.adds is None:
+        raise ValueError(
+            f"results of batches of {q.name!r} do not add up to that of a data set (they belong to single samples, or "
+            "to a basis of their own). Use extend for each batch."
+        )
+    if q.subsample is not None:
+        raise ValueError(f"{q.name}: subsample= picks samples of a batch; give accumulate a loader of those you want")
+
+
+@dataclass
+class _Sums:
+    """What has been added up so far: quantity -> parameter -> statistics."""
+
+    found: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
+    notes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    samples: int = 0
+    batches: int = 0
+    last: str = ""  # what the last batch was
+
+    def add(self, q: Quantity, name: str, measured: Any, weight: int) -> None:
+        """weight: by which a mean over a batch becomes a sum."""
+        assert q.adds is not None
+        parts, note = q.adds.split(measured)
+        new = [t.detach() * float(weight) ** power for t, power in zip(parts, q.adds.powers, strict=True)]
+        sums, notes = self.found.setdefault(q.name, {}), self.notes.setdefault(q.name, {})
+        if name not in sums or notes[name].get("empty"):
+            sums[name], notes[name] = new, note
+        elif not note.get("empty"):
+            if note != notes[name]:
+                raise HookjacError(
+                    f"{q.name} of parameter {name!r} has another form in batch {self.batches} ({note}) than before "
+                    f"({notes[name]}), so that they do not add up."
+                )
+            sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)]
+
+
+@dataclass
+class _Run:
+    model: nn.Module
+    loss_fn: Callable[..., Tensor] | None
+    loader: Iterable[Any]
+    asked: list[Quantity]
+    reduction: str
+    output: Select
+    step: Callable[[nn.Module, Any], Tensor] | None
+
+    def run(self, path: Path | None, every: int) -> Accumulated:
+        self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        sums, start = _Sums(), self._random()
+        identity = "" if path is None else self._identity()
+        if path is not None and path.exists():
+            sums, start, now = self._resume(path, identity)
+            self._set_random(start)
+        done, seen = sums.batches, 0
+        total = float(len(self.loader)) if isinstance(self.loader, Sized) else math.inf
+        with Progress("batches", total) as progress:
+            for batch in self.loader:
+                seen += 1
+                if seen <= done:
+                    if seen == done:
+                        _demand_same(sums.last, _digest(batch), path)
+                        self._set_random(now)
+                    with progress.part(1):
+                        continue
+                with progress.part(1):
+                    self._batch(sums, batch)
+                if path is not None and seen % every == 0:
+                    self._write(path, sums, start, identity, batch)
+        if seen < max(1, done):
+            raise HookjacError(f"the loader gave {seen} batches, expected at least {max(1, done)}")
+        if path is not None and sums.batches > done:
+            self._write(path, sums, start, identity, batch)
+        return self._finished(sums)
+
+    def _batch(self, sums: _Sums, batch: Any) -> None:
+        device = next(iter(self.params.values())).device if self.params else None
+        batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+        measuring = [replace(q, reduce=_measure(q)) for q in self.asked]
+        before = {name: {q.name: vars(p).pop(q.name, None) for q in self.asked} for name, p in self.params.items()}
+        found: dict[str, dict[str, tuple[int, Any]]] = {}
+        try:
+            with extend(self.model, *measuring, output=self.output):
+                loss = self._loss(batch)
+                torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
+                found = {name: {q.name: vars(p).pop(q.name) for q in self.asked} for name, p in self.params.items()}
+        finally:
+            for name, p in self.params.items():
+                for attribute, value in before[name].items():
+                    vars(p).pop(attribute, None)
+                    if value is not None:
+                        setattr(p, attribute, value)
+        n = next(iter(found.values()))[self.asked[0].name][0]
+        for name, measured in found.items():
+            for q in self.asked:
+                sums.add(q, name, measured[q.name][1], n if self.reduction == "mean" else 1)
+        sums.samples += n
+        sums.batches += 1
+
+    def _loss(self, batch: Any) -> Tensor:
+        if self.step is not None:
+            return self.step(self.model, batch)
+        assert self.loss_fn is not None
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise HookjacError(
+                f"a batch is a {type(batch).__name__}, expected (inputs, *targets). For batches of another form give "
+                "step=, a function from (model, batch) to the loss."
+            )
+        inputs, *targets = batch
+        if isinstance(inputs, Mapping):
+            return self.loss_fn(self.model(**inputs), *targets)
+        out = self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
+        return self.loss_fn(out, *targets)
+
+    def _finished(self, sums: _Sums) -> Accumulated:
+        results: dict[str, dict[str, Any]] = {}
+        for q in self.asked:
+            assert q.adds is not None
+            for name, p in self.params.items():
+                weight = sums.samples if self.reduction == "mean" else 1
+                parts = sums.found[q.name][name]
+                parts = [t / float(weight) ** power for t, power in zip(parts, q.adds.powers, strict=True)]
+                value = q.adds.join(sums.notes[q.name][name], parts, sums.samples)
+                results.setdefault(q.name, {})[name] = value
+                setattr(p, q.name, value)
+        return Accumulated(results, sums.samples, sums.batches)
+
+    # The checkpoint ---------------------------------------------------------------------------------------------
+
+    def _generators(self) -> list[torch.Generator]:
+        found = [getattr(q.wish, "generator", None) for q in self.asked]
+        found += [
+            getattr(self.loader, "generator", None),
+            getattr(getattr(self.loader, "sampler", None), "generator", None),
+        ]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def _random(self) -> list[Tensor]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return [torch.get_rng_state(), *(g.get_state() for g in self._generators()), *cuda]
+
+    def _set_random(self, states: list[Tensor]) -> None:
+        generators = self._generators()
+        torch.set_rng_state(states[0])
+        for generator, state in zip(generators, states[1:], strict=False):
+            generator.set_state(state)
+        if len(states) > 1 + len(generators):
+            torch.cuda.set_rng_state_all(states[1 + len(generators) :])
+
+    def _identity(self) -> str:
+        """What a checkpoint must agree with: the quantities, the reduction, the model and its weights."""
+        told = [self.reduction]
+        for q in self.asked:
+            assert q.adds is not None
+            options = [f"{f.name}={getattr(q.wish, f.name)}" for f in fields(q.wish) if f.name != "generator"]
+            told.append(f"{q.name} {type(q.wish).__name__} {options} {q.adds.label}")
+        held = {k: t for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
+        return _digest([*told, sorted(self.params), held])
+
+    def _write(self, path: Path, sums: _Sums, start: list[Tensor], identity: str, batch: Any) -> None:
+        tensors = {
+            f"{q}/{name}/{k}": t
+            for q, found in sums.found.items()
+            for name, parts in found.items()
+            for k, t in enumerate(parts)
+        }
+        tensors |= {f"start/{k}": t for k, t in enumerate(start)}
+        tensors |= {f"now/{k}": t for k, t in enumerate(self._random())}
+        sums.last = _digest(batch)
+        about = {"sums": sums.notes, "samples": sums.samples, "batches": sums.batches, "last": sums.last}
+        _write(path, tensors, about | {"identity": identity})
+
+    def _resume(self, path: Path, identity: str) -> tuple[_Sums, list[Tensor], list[Tensor]]:
+        tensors, about = _read(path, "sums")
+        if about["identity"] != identity:
+            raise HookjacError(
+                f"the checkpoint {path} is of another run: the model, its weights, the quantities (and their options) "
+                "or the reduction differ. Delete it, or give another path."
+            )
+
+        def listed(prefix: str) -> list[Tensor]:
+            count = sum(key.startswith(f"{prefix}/") for key in tensors)
+            return [tensors[f"{prefix}/{k}"] for k in range(count)]
+
+        devices = {name: p.device for name, p in self.params.items()}
+        found = {
+            q: {name: [t.to(devices[name]) for t in listed(f"{q}/{name}")] for name in notes}
+            for q, notes in about["sums"].items()
+        }
+        sums = _Sums(found, about["sums"], about["samples"], about["batches"], about["last"])
+        return sums, listed("start"), listed("now")
+
+
+def _measure(q: Quantity) -> Callable[[Received], tuple[int, Any]]:
+    assert isinstance(q.adds, Adds)
+    measure = q.adds.measure or q.reduce
+    return lambda got: (got.N, measure(got))
+
+
+def _demand_same(wanted: str, found: str, path: Path | None) -> None:
+    if wanted != found:
+        raise HookjacError(
+            f"the loader does not repeat itself: the last batch that the checkpoint {path} has seen differs from the "
+            "one that the loader gives now. Fix its order (a seeded generator, no random augmentation), or delete the "
+            "checkpoint."
+        )
+
+
+def _digest(tree: Any) -> str:
+    """A fingerprint of tensors, numbers and texts."""
+    found = hashlib.sha256()
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            t = leaf.detach().cpu().contiguous().reshape(-1)
+            found.update(f"{t.dtype}{tuple(leaf.shape)}".encode())
+            found.update(bytes(t.view(torch.uint8).numpy()) if t.numel() else b"")
+        else:
+            found.update(repr(leaf).encode())
+    return found.hexdigest()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """A safetensors file that is there as a whole or not at all."""
+    from safetensors.torch import save_file
+
+    apart = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file(apart, part, metadata={"format": _FORMAT, "about": json.dumps(about)})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise HookjacError(
+            f"{path} is no whole safetensors file ({error}). Was it written by something else?"
+        ) from error
+    about = json.loads(meta.get("about", "{}")) if meta.get("format") == _FORMAT else {}
+    if kind not in about:
+        raise HookjacError(f"{path} was not written by hookjac, or holds no {kind}.")
+    return tensors, about
