@@ -21,6 +21,7 @@ from hookjac.factor import Factor, quad_block
 from hookjac.graph import Bend, Edge, meta
 from hookjac.loss import hessian, leading_to
 from hookjac.plan import Plan, reachable
+from hookjac.products import second_backward
 from hookjac.route import Group, Key, Stop
 from hookjac.samples import Layout, random, same
 from hookjac.uses import Use, mixed
@@ -256,32 +257,83 @@ def _drop(stop: Stop, edges: Collection[Edge], groups: Collection[Group]) -> Non
                 columns.pop(group, None)
 
 
-class Averaging:
-    """One group of columns whose curvature is averaged over the samples after every station (KFRA)."""
+class Stepwise:
+    """One group of columns whose curvature is simplified after every station: the recursions that approximate.
 
-    def __init__(self, plan: Plan, first: Group) -> None:
-        self.plan, self.members = plan, [first]
+    What has arrived at the tensors that the columns are passing is boiled down to a metric on their unit columns.
+    """
+
+    name = ""
+
+    def __init__(self, plan: Plan, first: Group, loss: Group) -> None:
+        self.plan, self.members, self.loss = plan, [first], loss
 
     def pass_station(self, stop: Stop) -> None:
-        call = self.plan.route.calls.get(stop.key)
-        group, N = self.members[-1], self.plan.N
+        group, N, layout = self.members[-1], self.plan.N, self.plan.layout
         alive = [e for e in {**stop.waiting, **stop.outgoing} if self._carries(stop, e, group)]
-        if not any(group in c for c in stop.outgoing.values()) or (call is not None and call.rule.constant):
+        if not any(group in c for c in stop.outgoing.values()) or self.commutes(stop.key):
             return
         D = sum(features(e, N) for e in alive)
-        if not all(e in self.plan.layout for e in alive) or N * D * D > _BLOCK:
+        if not all(e in layout for e in alive) or N * D * D > _BLOCK:
             raise HookjacError(
-                "kfra averages the curvature over samples at every step down, and cannot here: "
+                f"{self.name} simplifies the curvature at every step down, and cannot here: "
                 f"{' and '.join(str(tuple(e.shape)) for e in alive)} holds samples that cannot be told apart, or a "
-                f"block [{N}, {D}, {D}] is too large. Use fisher='exact' or 'mc'."
+                f"block [{N}, {D}, {D}] is too large. Use an exact or a sampled quantity: ggn_diag_mc, kfac."
             )
-        mean = gathered(self.plan, stop, alive, [group]).mean(0)
+        metric = self.simplified(stop, alive, group)
         _drop(stop, alive, [group])
-        fresh = Group("averaged", D, mean.expand(N, D, D))
-        columns = unit_columns(alive, [self.plan.layout[e] for e in alive], mean.new_zeros(()))
+        fresh = Group(self.name, D, metric)
+        columns = unit_columns(alive, [layout[e] for e in alive], metric.new_zeros(()))
         for edge, t in zip(alive, columns, strict=True):
             stop.outgoing.setdefault(edge, {})[fresh] = t.to(meta(edge)[1])
         self.members.append(fresh)
 
+    def commutes(self, key: Key) -> bool:
+        """Is nothing lost by simplifying later?"""
+        return False
+
+    def simplified(self, stop: Stop, alive: list[Edge], group: Group) -> Tensor:
+        """The metric that stands for all that has come so far."""
+        raise NotImplementedError
+
     def _carries(self, stop: Stop, edge: Edge, group: Group) -> bool:
         return any(group in c for c in (stop.waiting.get(edge, {}), stop.outgoing.get(edge, {})))
+
+
+class Averaging(Stepwise):
+    """KFRA: the Gauss-Newton matrix of each tensor, averaged over the samples."""
+
+    name = "kfra"
+
+    def commutes(self, key: Key) -> bool:
+        call = self.plan.route.calls.get(key)
+        return call is not None and call.rule.constant
+
+    def simplified(self, stop: Stop, alive: list[Edge], group: Group) -> Tensor:
+        mean = gathered(self.plan, stop, alive, [group]).mean(0)
+        return mean.expand(self.plan.N, *mean.shape)
+
+
+class Diagonal(Stepwise):
+    """HesScale: the Hessian of each tensor, of which only the diagonal goes on."""
+
+    name = "hesscale"
+
+    def simplified(self, stop: Stop, alive: list[Edge], group: Group) -> Tensor:
+        diagonal = gathered(self.plan, stop, alive, [group]).diagonal(dim1=1, dim2=2).clone()
+        route, N = self.plan.route, self.plan.N
+        grads = {e.nr: c[self.loss][0] for e, c in stop.incoming.items() if self.loss in c}
+        below = [e for e in dict.fromkeys(self.plan.uses.data(route, stop.key)) if e in alive]
+        call = route.calls.get(stop.key)
+        if not grads or not below or (call is not None and call.rule.bend is None):
+            return diagonal
+        with second_backward([type(stop.key).__name__]), torch.enable_grad():
+            found, is_diagonal = bend_of(self.plan, stop.key, grads, below)
+        offset = 0
+        for edge, rows in zip(below, found, strict=True):
+            start, size = sum(features(e, N) for e in alive[: alive.index(edge)]), features(edge, N)
+            layout = self.plan.layout[edge]
+            bent = layout.features(rows.unsqueeze(0) if is_diagonal else rows[offset : offset + size])
+            diagonal[:, start : start + size] += bent[0] if is_diagonal else bent.diagonal(dim1=0, dim2=2)
+            offset += size
+        return diagonal

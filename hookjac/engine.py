@@ -24,7 +24,7 @@ from hookjac.operator import Curvature, Quiet
 from hookjac.plan import Plan
 from hookjac.products import Product
 from hookjac.progress import Progress
-from hookjac.quantity.record import GGN, Averaged, Graph, Hessian, Loss, Quantity, Received, Sampled
+from hookjac.quantity.record import GGN, Averaged, Diagonal, Graph, Hessian, Loss, Probes, Quantity, Received, Sampled
 from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 from hookjac.seeds import Seeds
@@ -54,6 +54,7 @@ class Walk:
     def __init__(self, plan: Plan, quantities: Sequence[Quantity], quiet: Quiet, *, create_graph: bool = False) -> None:
         self.plan, self.quantities, self._quiet, self._create_graph = plan, quantities, quiet, create_graph
         self.operators: dict[str, Curvature] = {}
+        self.probed: dict[Probes, dict[int, tuple[Tensor, Tensor]]] = {}
         self.results: Results = {p: {} for p in plan.names}
         self.receipts = {p: Receipt(open=len(plan.uses.of.get(p, [])) + (p in plan.glue)) for p in plan.names}
         self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
@@ -73,6 +74,8 @@ class Walk:
             for wish in asked:
                 if isinstance(wish, Graph):
                     self.operators[wish.curved] = Curvature(wish.curved, self.plan, self.seeds.edges, self._quiet)
+                elif isinstance(wish, Probes):
+                    self.probed[wish] = self._probe(wish)
             roads = self.seeds.roads
             curved = sum(isinstance(q.wish, Hessian) for q in self.quantities)
             with Progress("hess_diag, FLOPs", curved * sum(roads.cost.values()) if roads else 0.0) as progress:
@@ -81,6 +84,16 @@ class Walk:
                     self.products.check()
                 self._walk()
         return self.results
+
+    def _probe(self, wish: Probes) -> dict[int, tuple[Tensor, Tensor]]:
+        """Random signs [K, *p] for all parameters together, and what the Hessian makes of them."""
+        signs = {}
+        for p, t in self.plan.params.items():
+            device = wish.generator.device if wish.generator is not None else t.device
+            drawn = torch.randint(0, 2, (wish.samples, *t.shape), generator=wish.generator, device=device)
+            signs[p] = drawn.to(device=t.device, dtype=t.dtype) * 2 - 1
+        found = Curvature("hessian", self.plan, (), self._quiet).products(signs)
+        return {p: (signs[p], found[p].detach()) for p in signs}
 
     def _walk(self) -> None:
         for p, receipt in self.receipts.items():
@@ -122,8 +135,8 @@ class Walk:
                     sources[edge] = {g: t for g, t in columns.items() if seeds.travelling(g)}
         if bundle is not None:
             bundle.pass_station(stop, seeds.loss, may_reroot=not self._half_done())
-        if seeds.averaging is not None:
-            seeds.averaging.pass_station(stop)
+        for step in seeds.stepwise.values():
+            step.pass_station(stop)
 
     def _half_done(self) -> bool:
         """Is a parameter between two of its uses? Then the columns of the first must meet those of the second."""
@@ -232,7 +245,7 @@ class Walk:
                 factor = whole(group) if rows is None else whole(group).columns(rows)
                 metric = group.metric
                 pieces.append((picked(factor), metric if metric is None or pick is None else metric[pick]))
-        direct = self.direct.get(p) if isinstance(wish, (Loss, GGN, Sampled, Averaged, Hessian)) else None
+        direct = self.direct.get(p) if isinstance(wish, (Loss, GGN, Sampled, Averaged, Diagonal, Hessian)) else None
         product: Product | None = None
         crossed: list[tuple[Factor, Factor]] = []
         if isinstance(wish, Hessian) and seeds.roads is not None and self.products is not None:
@@ -248,7 +261,8 @@ class Walk:
                 crossed = [(picked(whole(g)), picked(f)) for g, f in receipt.crossings if g in receipt.factors]
         M = plan.N if q.subsample is None else len(q.subsample)
         times = self.operators[wish.curved].block(p) if isinstance(wish, Graph) else None
-        return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times)
+        probed = self.probed[wish][p] if isinstance(wish, Probes) else None
+        return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed)
 
 
 def _check_samples(q: Quantity, N: int) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hookjac.curvature import Averaging, Bundle, cut, loss_hessian, unit_columns
+from hookjac import curvature
+from hookjac.curvature import Averaging, Bundle, Stepwise, cut, loss_hessian, unit_columns
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, meta, saved
 from hookjac.plan import Plan
-from hookjac.quantity.record import GGN, Averaged, Graph, Hessian, Loss, Output, Sampled, Wish
+from hookjac.quantity.record import GGN, Averaged, Diagonal, Graph, Hessian, Loss, Output, Sampled, Wish
 from hookjac.roads import Roads, choose, refuse_endless
 from hookjac.route import Columns, Group
 
@@ -29,7 +30,7 @@ class Seeds:
         self.groups: dict[Wish, Group] = {}
         self.some: dict[Wish, Tensor] = {}  # numbers of the columns of a group that are meant
         self.bundle: Bundle | None = None
-        self.averaging: Averaging | None = None
+        self.stepwise: dict[Wish, Stepwise] = {}
         self.roads: Roads | None = None
         self.edges: list[Edge] = []  # where the loss ends and the network begins
         if plan.N:
@@ -39,14 +40,13 @@ class Seeds:
         """The groups that make up what was wished for."""
         if isinstance(wish, Hessian):
             return list(self.bundle.members) if self.bundle is not None else []
-        if isinstance(wish, Averaged):
-            return list(self.averaging.members) if self.averaging is not None else []
+        if wish in self.stepwise:
+            return list(self.stepwise[wish].members)
         return [self.groups[wish]] if wish in self.groups else []
 
     def travelling(self, group: Group) -> bool:
         """Does this group carry what parameters that no rule explains must have, too?"""
-        averaged = self.averaging is not None and group in self.averaging.members
-        return averaged or group in self.groups.values()
+        return group in self.groups.values() or any(group in s.members for s in self.stepwise.values())
 
     def _named(self, *kinds: type) -> str | None:
         return next((name for wish, name in self.asked.items() if isinstance(wish, kinds)), None)
@@ -54,21 +54,23 @@ class Seeds:
     def _seed(self) -> None:
         plan = self.plan
         bare: list[str] = []
-        if self._named(GGN, Sampled, Averaged, Hessian, Graph):
+        if self._named(GGN, Sampled, Averaged, Diagonal, Hessian, Graph):
             self.edges, bare = cut(plan)
         self._choose_roads(bare)
         by_columns = self.roads is not None and bool(self.roads.active)
-        gauss_newton = self._named(GGN, Sampled, Averaged) or ("ggn_mp" if Graph("ggn") in self.asked else None)
+        gauss_newton = self._named(GGN, Sampled, Averaged, Diagonal) or (
+            "ggn_mp" if Graph("ggn") in self.asked else None
+        )
         if gauss_newton:
             self._demand_outputs(gauss_newton, bare)
         if self._named(Loss):
             self._demand_summands()
-        if self._named(Loss) or by_columns:
+        if self._named(Loss, Diagonal) or by_columns:
             for edge, g in zip(plan.top.frontier, plan.top.gradients, strict=True):
                 self.start.setdefault(edge, {})[self.loss] = saved(g).unsqueeze(0)
             self.groups[Loss()] = self.loss
         self._seed_outputs()
-        if self._named(GGN, Sampled, Averaged) or by_columns:
+        if self._named(GGN, Sampled, Averaged, Diagonal) or by_columns:
             with torch.enable_grad():
                 self._seed_curvature(loss_hessian(plan, self.edges), by_columns)
 
@@ -150,10 +152,16 @@ class Seeds:
         if by_columns and self.roads is not None and first is not None:
             keep = bool(self._named(GGN)) or first is output
             self.bundle = Bundle(plan, self.roads.curves, self.roads.active, first, keep)
-        if self._named(Averaged):
-            mean = Group("averaged", H.shape[1], H.mean(0).expand_as(H))
-            self._enter(mean, edges, self._units(edges))
-            self.averaging = Averaging(plan, mean)
+        steps: dict[Wish, tuple[type[Stepwise], Tensor]] = {
+            Averaged(): (Averaging, H.mean(0).expand_as(H)),
+            Diagonal(): (curvature.Diagonal, H.diagonal(dim1=1, dim2=2)),
+        }
+        for wish in self.asked:
+            if wish in steps:
+                kind, metric = steps[wish]
+                first = Group(kind.name, H.shape[1], metric)
+                self._enter(first, edges, self._units(edges))
+                self.stepwise[wish] = kind(plan, first, self.loss)
 
     def _enter(self, group: Group, edges: list[Edge], columns: list[Tensor]) -> None:
         for edge, t in zip(edges, columns, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 
+from hookjac.quantity.approximate import HesScale, Hutchinson
 from hookjac.quantity.curvature import (
     GGNBlock,
     GGNDiag,
@@ -35,10 +36,12 @@ __all__ = [
     "GradSampleNorm",
     "GradSqSum",
     "GradVar",
+    "HesScale",
     "HessBlock",
     "HessDiag",
     "HessDiagSample",
     "HessMP",
+    "Hutchinson",
     "Jac",
     "Quantity",
     "Received",
@@ -62,6 +65,8 @@ _QUANTITIES: dict[str, Callable[[], Quantity]] = {
     "hess_diag": HessDiag,
     "hess_diag_sample": HessDiagSample,
     "hess_block": HessBlock,
+    "hutchinson": Hutchinson,
+    "hesscale": HesScale,
     "kfac": KFAC,
     "ggn_mp": GGNMP,
     "hess_mp": HessMP,

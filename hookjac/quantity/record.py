@@ -48,15 +48,35 @@ class Sampled:
     generator: torch.Generator | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"samples must be a positive integer, got {self.samples!r}")
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
+        _check_draws(self.samples, self.generator)
+
+
+def _check_draws(samples: int, generator: torch.Generator | None) -> None:
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a positive integer, got {samples!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 @dataclass(frozen=True)
 class Averaged:
     """As GGN, but the curvature is averaged over the samples at every step down (KFRA)."""
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """As Hessian, but only the diagonal of the curvature goes on at every step down (HesScale)."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """No columns: random signs for all parameters together, and their products with the Hessian."""
+
+    samples: int = 1
+    generator: torch.Generator | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_draws(self.samples, self.generator)
 
 
 @dataclass(frozen=True)
@@ -80,7 +100,7 @@ class Graph:
     curved: Literal["ggn", "hessian"]
 
 
-Wish = Loss | Output | GGN | Sampled | Averaged | Hessian | Graph
+Wish = Loss | Output | GGN | Sampled | Averaged | Diagonal | Probes | Hessian | Graph
 _WISHES: dict[str, Callable[[], Wish]] = {"loss": Loss, "output": Output, "ggn": GGN, "hessian": Hessian}
 
 
@@ -98,6 +118,7 @@ class Received:
     `direct.head`, its gradient. product: products with the parameter's Hessian, where no columns give it.
     crossed: for a parameter whose uses feed each other, pairs whose product is half of what they add to the Hessian.
     times: products with the parameter's block, [K, *p] -> [K, *p], where those were asked for.
+    probed: random signs and their products with the Hessian, [K, *p] each, where those were asked for.
     """
 
     param: Tensor
@@ -109,6 +130,7 @@ class Received:
     product: Product | None = None
     crossed: Sequence[tuple[Factor, Factor]] = ()
     times: Callable[[Tensor], Tensor] | None = None
+    probed: tuple[Tensor, Tensor] | None = None
 
     @property
     def factor(self) -> Factor | None:
