@@ -5,12 +5,13 @@ N samples · C entries of one sample's output · P entries of all parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hookjac import handover
 from hookjac.factor import Dense, Factor, Lookup, Outer, add_gram, each_gram
 from hookjac.kronecker import Kronecker
 from hookjac.structured import JacTensor
@@ -110,16 +111,11 @@ class Jacobian:
 
     def to_scipy(self) -> Any:
         """A `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
-        from scipy.sparse.linalg import LinearOperator
+        return handover.to_scipy(self, self._dtype, self._device)
 
-        def through(operator: Jacobian | Transposed) -> Callable[[Any], Any]:
-            def times(v: Any) -> Any:
-                return (operator @ torch.as_tensor(v, dtype=self._dtype, device=self._device)).cpu().numpy()
-
-            return times
-
-        name, forward, back = str(self._dtype).removeprefix("torch."), through(self), through(self.T)
-        return LinearOperator(self.shape, matvec=forward, rmatvec=back, matmat=forward, rmatmat=back, dtype=name)
+    def as_linear_operator(self) -> Any:
+        """A `linear_operator.LinearOperator` (needs that package, the one under GPyTorch)."""
+        return handover.as_linear_operator(self, self._dtype, self._device)
 
 
 class Transposed:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hookjac import handover
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, fenced, gradients, meta
 from hookjac.plan import Plan
@@ -128,15 +129,19 @@ class Curvature:
         found = gradients([heads[k] for k in used], list(params.values()), [cotangents[k] for k in used], batched=True)
         return dict(zip(params, found, strict=True))
 
+    @property
+    def T(self) -> Curvature:
+        """Itself: it is symmetric."""
+        return self
+
     def to_scipy(self) -> Any:
         """A `scipy.sparse.linalg.LinearOperator` (needs scipy), for its solvers and eigenvalue routines."""
-        from scipy.sparse.linalg import LinearOperator
+        return handover.to_scipy(self, *self._like)
 
-        _, dtype, device = meta(next(iter(self._params.values())))
+    def as_linear_operator(self) -> Any:
+        """A `linear_operator.LinearOperator` (needs that package, the one under GPyTorch), for its solvers."""
+        return handover.as_linear_operator(self, *self._like)
 
-        def times(v: Any) -> Any:
-            t = torch.as_tensor(v, dtype=dtype, device=device)
-            return (self @ t).detach().cpu().numpy()
-
-        dtype_name = str(dtype).removeprefix("torch.")
-        return LinearOperator(self.shape, matvec=times, rmatvec=times, matmat=times, rmatmat=times, dtype=dtype_name)
+    @property
+    def _like(self) -> tuple[torch.dtype, torch.device]:
+        return meta(next(iter(self._params.values())))[1:]

@@ -27,7 +27,7 @@ PACKAGE = ROOT / "hookjac"
 # each may import only from those before it; the files of a folder share a place
 ORDER = [
     "errors", "samples", "graph", "checkpoints", "progress", "products", "factor", "rule", "layers", "tape", "watch",
-    "route", "uses", "kinks", "loss", "plan", "operator", "kronecker", "structured", "jacobian", "quantity",
+    "route", "uses", "kinks", "loss", "plan", "handover", "operator", "kronecker", "structured", "jacobian", "quantity",
     "curvature", "roads", "seeds", "engine", "explain", "extend", "accumulate", "", "testing", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity"]
@@ -67,6 +67,18 @@ def test_imports_run_downward() -> None:
             above = ORDER.index(name)
             together = name == place and name in FOLDERS
             assert above < here or together, f"{path.name} imports {name or 'hookjac'}"
+
+
+def test_no_quantity_knows_a_layer() -> None:
+    """And neither do the engine and what lies between: rules answer for layers."""
+    layers = {name for name, kind in vars(torch.nn).items() if inspect.isclass(kind)} - {"Parameter", "Module"}
+    files = [*(PACKAGE / "quantity").glob("*.py"), *(PACKAGE / "factor").glob("*.py")]
+    files += [PACKAGE / f"{name}.py" for name in ("engine", "seeds", "curvature", "roads", "kronecker", "structured")]
+    for path in files:
+        names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+        names |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        assert "layers" not in imported(path), f"{path.name} imports rules of layers"
+        assert not names & layers, f"{path.name} names {names & layers}"
 
 
 def test_the_library_needs_torch_and_einops_only() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import C, D, Fn, N, random_loss
 from oracle import close, jacobian, trainable
+from peak import Peak
 from scipy.sparse.linalg import lsqr
 from test_quantities import MODELS
 from torch import Tensor, nn
@@ -359,23 +360,3 @@ def test_the_kernel_of_a_large_net_fits_in_a_tenth_of_its_jacobian() -> None:
     assert peak.bytes < n * 10 * P * 4 / 10
     some = found(model, x[:2]).jacobian.to_dense()
     close(kernel[:2, :, :2, :].reshape(20, 20), some @ some.T, "kernel", 1e-4)
-
-
-class Peak:
-    """The most memory that tensors made inside held at once, by PyTorch's own profiler of allocations."""
-
-    bytes = 0
-
-    def __enter__(self) -> Peak:
-        self._profile = torch.profiler.profile(profile_memory=True, record_shapes=False)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._profile.__exit__(*exc)
-        alive = 0
-        for event in self._profile.profiler.kineto_results.events():  # type: ignore[union-attr]
-            if event.name() == "[memory]":
-                alive += event.nbytes()
-                self.bytes = max(self.bytes, alive)
-        assert self.bytes > 0

@@ -146,3 +146,33 @@ def test_checkpoints() -> None:
     model = Fn(lambda m, x: checkpoint(lambda x: m.b(x.tanh()), m.a(x), use_reentrant=True), **parts)
     with pytest.raises(HookjacError, match="use_reentrant=False"), extend(model, "hess_mp"):
         random_loss(model(x)).backward()
+
+
+def test_a_solver_of_linear_operators() -> None:
+    """Damped Gauss-Newton by conjugate gradients, and least squares through the Jacobian's transpose."""
+    from linear_operator.operators import DiagLinearOperator
+    from linear_operator.settings import cg_tolerance, max_cholesky_size
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    with extend(model, "ggn_mp", "hess_mp", "jac") as ext:
+        model(torch.randn(6, 4)).square().sum().backward()
+    P = ext.ggn.shape[0]
+    v, eye = torch.randn(P, 2), torch.eye(P)
+    for operator in (ext.ggn, ext.hessian):
+        wrapped = operator.as_linear_operator()
+        assert (wrapped.shape, wrapped.dtype) == (torch.Size([P, P]), torch.float64)
+        close(wrapped.to_dense(), operator @ eye, "dense")
+        close(wrapped.mT @ v, operator @ v, "transposed")
+    with max_cholesky_size(1), cg_tolerance(1e-12):
+        damped = ext.ggn.as_linear_operator() + DiagLinearOperator(torch.full((P,), 2.0))
+        close(damped.solve(v), torch.linalg.solve(ext.ggn @ eye + 2 * eye, v), "solved", 1e-8)
+    J = ext.jacobian.as_linear_operator()
+    dense = ext.jacobian.to_dense()
+    close(J.to_dense(), dense, "Jacobian")
+    close(J @ v, dense @ v, "J v")
+    u = torch.randn(12, 3, requires_grad=True)
+    close(J.mT @ u, dense.T @ u, "u J")
+    (J.mT @ u).square().sum().backward()
+    assert u.grad is not None
+    close(u.grad, 2 * dense @ (dense.T @ u.detach()), "gradient through the product")

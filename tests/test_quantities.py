@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import C, D, Fn, N, par, random_loss
 from oracle import close, grad, jacobian, trainable
+from peak import Peak
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -313,3 +314,14 @@ def test_a_quantity_of_ones_own() -> None:
     for key, p in trainable(model).items():
         g = wanted[key]["grad_sample"].flatten(1)
         close(p.cosine, torch.stack([(row @ g.sum(0)) / (row.norm() * g.sum(0).norm()) for row in g]), key)
+
+
+@pytest.mark.parametrize("q", ["grad_sample_norm", "grad_sample_gram", "grad_sq_sum", "grad_var", "ggn_diag", "kfac"])
+def test_reductions_never_hold_a_gradient_for_each_sample(q: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 3))
+    n, P = 64, 300 * 400
+    x = torch.randn(n, 300)
+    with Peak() as peak, extend(model, q):
+        model(x).square().sum().backward()
+    assert peak.bytes < 4 * n * P / 5, f"{peak.bytes / (4 * n * P):.2f} of N P"

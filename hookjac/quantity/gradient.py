@@ -59,7 +59,7 @@ def GradSampleGram(*, subsample: Samples = None) -> Quantity:
     """
 
     def reduce(got: Received) -> Tensor:
-        out = got.zeros(got.M).new_zeros(got.M, 1, got.M, 1)
+        out = got.numbers(got.M, 1, got.M, 1)
         if got.factor is not None:
             add_gram(out, got.factor, got.factor)
         out = out[:, 0, :, 0]
@@ -131,7 +131,7 @@ def _sq_sum(got: Received) -> Tensor:
 
 def squares(got: Received) -> Tensor:  # -> [M]
     """Squared norms of the samples' gradients."""
-    out = got.zeros(got.M).new_zeros(got.M)
+    out = got.numbers(got.M)
     if got.factor is not None:
         out = out + got.factor.norms()[0]
     if got.direct is not None:

@@ -144,7 +144,11 @@ class Received:
 
     def zeros(self, *lead: int) -> Tensor:
         """[*lead, *p] in the parameter's own precision."""
-        return torch.zeros((*lead, *self.param.shape), dtype=self.param.dtype, device=self.param.device)
+        return self.numbers(*lead, *self.param.shape)
+
+    def numbers(self, *shape: int) -> Tensor:
+        """[*shape] of zeros, in the parameter's own precision."""
+        return torch.zeros(shape, dtype=self.param.dtype, device=self.param.device)
 
     def columns(self) -> Tensor:
         """[V, M, *p]: the one group of columns as a dense tensor; each sample has its share of a penalty."""
@@ -164,15 +168,13 @@ class Received:
 
     def diagonals(self) -> Tensor:
         """[M, *p]: the diagonal of each sample's own curvature."""
-        out = self.zeros(self.M)
-        for factor, metric in self.pieces:
-            assert metric is not None
-            out = out + factor.quad_each(metric)
-        for lower, upper in self.crossed:
-            out = out + 2 * (lower.dense() * upper.dense()).sum(0)
+        found = [factor.quad_each(metric) for factor, metric in self.pieces if metric is not None]
+        found += [2 * (lower.dense() * upper.dense()).sum(0) for lower, upper in self.crossed]
         if self.product is not None:
-            out = out + self.product.diagonals()
-        return out if self.direct is None else out + self.direct.diagonal() / self.N
+            found.append(self.product.diagonals())
+        if self.direct is not None:
+            found.append((self.direct.diagonal() / self.N).expand(self.M, *self.param.shape))
+        return sum(found[1:], found[0]).contiguous() if found else self.zeros(self.M)
 
     def block(self) -> Tensor:
         """[P, P]: the curvature itself."""
