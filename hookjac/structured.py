@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hookjac.errors import HookjacError
-from hookjac.factor import Dense, Factor, Lookup, add_gram, root
+from hookjac.factor import Dense, Factor, Lookup, Sum, add_gram, root
 
 
 class JacTensor(Tensor):
@@ -251,10 +251,18 @@ def _to(jac: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(jac, JacTensor):
         return NotImplemented
     like = torch.empty(0, dtype=jac.dtype, device=jac.device).to(*args, **kwargs)
-    moved = jac.intact.map(lambda t: t.to(device=like.device, dtype=like.dtype))
+    moved = _moved(jac.intact, like)
+    return JacTensor(moved, jac.out, like.dtype)
+
+
+def _moved(factor: Factor, like: Tensor) -> Factor:
+    if isinstance(factor, Sum):
+        parts = [_moved(part, like) for part in factor.parts]
+        return Sum(tuple(part for part in parts if not isinstance(part, Sum)))
+    moved = factor.map(lambda t: t.to(like))
     if isinstance(moved, Lookup):
         moved = Lookup(moved.g, moved.row.to(like.device), moved.sample.to(like.device), moved.N, moved.param)
-    return JacTensor(moved, jac.out, like.dtype)
+    return moved
 
 
 def _as(dtype: torch.dtype) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import torch
 from oracle import close
 from torch import Tensor
 
-from hookjac.factor import Dense, Factor, Lookup, Outer, add_gram, paired, total
+from hookjac.factor import Dense, Factor, Lookup, Outer, Sum, add_gram, each_gram, paired, total
 from hookjac.factor.metric import summed_block
 
 N = 4
@@ -42,6 +42,7 @@ FACTORS = {
     "lookup, a large table": lambda V: lookup(V, 9, 50, 2),
     "lookup, single entries": lambda V: lookup(V, 9, 6),
     "lookup, nothing": lambda V: lookup(V, 0, 6, 2),
+    "sum": lambda V: total([lookup(V, 7, 5, 3), outer(V, 1, 2, 5, 3), outer(V, 1, 1, 3, 5, swapped=True)]),
 }
 every = pytest.mark.parametrize("kind", FACTORS)
 columns = pytest.mark.parametrize("V", [1, N, 6])
@@ -90,15 +91,18 @@ def test_parts_of_it(kind: str, V: int) -> None:
         close(factor.samples(index).dense(), t[:, index], "samples")
     some = torch.tensor([V - 1, 0])
     close(factor.columns(some).dense(), t[some], "columns")
-    close(factor.map(lambda x: 2 * x if x.shape[:2] == (V, N) or isinstance(factor, Lookup) else x).dense(),
-          2 * t, "map")  # fmt: skip
+    if not isinstance(factor, Sum):
+        close(factor.map(lambda x: 2 * x if x.shape[:2] == (V, N) or isinstance(factor, Lookup) else x).dense(),
+              2 * t, "map")  # fmt: skip
+    else:
+        close(factor.map(torch.zeros_like).dense(), 0 * t, "map")
 
 
 @every
 @pytest.mark.parametrize("chunk", [None, 1, 50])
 def test_gram(kind: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if chunk:
-        for module in ("dense", "outer", "lookup"):
+        for module in ("dense", "outer", "lookup", "mixed"):
             monkeypatch.setattr(f"hookjac.factor.{module}.CHUNK", chunk)
     for V in (1, 3):
         A, B = FACTORS[kind](V), FACTORS[kind](V if "unit" in kind else 5)
@@ -144,3 +148,23 @@ def test_turned_and_padded() -> None:
             close(padded.dense(), wanted, "padded")
     assert outer(1, 2, 1, 2, 2).turned() is None
     assert outer(1, 2, 1, 2, 2).padded(0, 1, 1) is None
+
+
+def test_different_kinds_stay_what_they_are() -> None:
+    """A table that is a weight as well, used by two layers and looked up twice: three kinds, two of each."""
+    uses = [lookup(3, 7, 5, 3), outer(3, 1, 2, 5, 3), lookup(3, 2, 5, 3), outer(3, 1, 1, 3, 5, swapped=True),
+            outer(3, 1, 1, 5, 3)]  # fmt: skip
+    found = total(uses)
+    assert isinstance(found, Sum)
+    assert [type(part) for part in found.parts] == [Lookup, Outer, Outer]
+    wanted = sum(use.dense() for use in uses)
+    close(found.dense(), wanted, "sum")
+    close(total([found, uses[0]]).dense(), wanted + uses[0].dense(), "more")
+    with_dense = total([*uses, Dense(torch.ones(3, N, 5, 3))])
+    assert isinstance(with_dense, Dense)
+    close(with_dense.t, wanted + 1, "dense")
+    out, other = torch.zeros(N, 3, N, 2), outer(2, 1, 1, 5, 3)
+    add_gram(out, found, other)
+    close(out, torch.einsum("vnp,wmp->nvmw", built(found), built(other)), "gram of two kinds")
+    close(each_gram(found, other), torch.einsum("vnp,wnp->nvw", built(found), built(other)), "each gram of two kinds")
+    close(paired(found, outer_like := outer(3, 1, 4, 5, 3)), (wanted * outer_like.dense()).sum((0, 1)), "paired")

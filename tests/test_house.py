@@ -134,8 +134,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-def test_readme_snippets_run() -> None:
+def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -146,6 +147,7 @@ def test_readme_snippets_run() -> None:
         "0.weight torch.Size([16, 8]) torch.Size([32, 16, 8]) torch.Size([32, 3, 16, 8]) torch.Size([16, 8])"
     )
     assert float(lines[-1].strip("tensor()")) > 0.3, "the row sums should be far from the diagonal"
+    assert {f.name for f in tmp_path.iterdir()} == {"curvature.safetensors", "result.safetensors"}
 
 
 def test_own_quantity_page_runs() -> None:
@@ -155,6 +157,19 @@ def test_own_quantity_page_runs() -> None:
     with contextlib.redirect_stdout(said):
         exec(snippet, {"__name__": "page"})
     assert said.getvalue() == "torch.Size([32])\n"
+
+
+def test_approximations_page_says_what_its_program_prints() -> None:
+    page = (ROOT / "docs" / "approximations.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(snippet, {"__name__": "page"})
+    rows = re.findall(r"^\| (.+) \| (-?[\d.]+) \| (-?[\d.]+) \|$", said.getvalue(), re.M)
+    stated = re.findall(r"^\| (.+) \| (-?[\d.]+) \| (-?[\d.]+) \|$", page, re.M)
+    assert [name for name, *_ in rows] == [name for name, *_ in stated]
+    for (name, *found), (_, *told) in zip(rows, stated, strict=True):
+        assert [float(t) for t in told] == pytest.approx([float(t) for t in found], abs=0.02, rel=0.02), name
 
 
 def test_own_rule_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:

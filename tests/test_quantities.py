@@ -325,3 +325,16 @@ def test_reductions_never_hold_a_gradient_for_each_sample(q: str) -> None:
     with Peak() as peak, extend(model, q):
         model(x).square().sum().backward()
     assert peak.bytes < 4 * n * P / 5, f"{peak.bytes / (4 * n * P):.2f} of N P"
+
+
+@pytest.mark.parametrize("q", ["grad_sample_norm", "grad_sq_sum"])
+def test_neither_does_a_tied_table(q: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    rows, d, n = 5000, 64, 256
+    model = Fn(lambda m, i: m.o(torch.tanh(m.e(i)).mean(1)), e=nn.Embedding(rows, d), o=nn.Linear(d, rows, bias=False))
+    model.o.weight = model.e.weight
+    ids = torch.randint(rows, (n, 6))
+    with Peak() as peak, extend(model, q):
+        model(ids)[:, :7].square().sum().backward()
+    assert peak.bytes < 4 * n * rows * d / 3, f"{peak.bytes / (4 * n * rows * d):.2f} of N P"

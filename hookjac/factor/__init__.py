@@ -25,11 +25,24 @@ from torch import Tensor
 from hookjac.factor.dense import Dense
 from hookjac.factor.lookup import Lookup
 from hookjac.factor.metric import quad_block, root
+from hookjac.factor.mixed import Sum
 from hookjac.factor.outer import Outer
 
-__all__ = ["Dense", "Factor", "Lookup", "Outer", "add_gram", "each_gram", "paired", "quad_block", "root", "total"]
+__all__ = [
+    "Dense",
+    "Factor",
+    "Lookup",
+    "Outer",
+    "Sum",
+    "add_gram",
+    "each_gram",
+    "paired",
+    "quad_block",
+    "root",
+    "total",
+]
 
-Factor = Dense | Outer | Lookup
+Factor = Dense | Outer | Lookup | Sum
 
 
 def add_gram(out: Tensor, A: Factor, B: Factor) -> None:  # out [N, V, N', V']
@@ -37,18 +50,24 @@ def add_gram(out: Tensor, A: Factor, B: Factor) -> None:  # out [N, V, N', V']
     if type(A) is type(B):
         A.add_gram(out, B)  # type: ignore[arg-type]
     else:
-        Dense(A.dense()).add_gram(out, Dense(B.dense()))
+        _summed(A).add_gram(out, _summed(B))
 
 
 def each_gram(A: Factor, B: Factor) -> Tensor:  # -> [N, V, V']
     """Inner products of the columns of the same sample."""
     if type(A) is type(B):
         return A.each_gram(B)  # type: ignore[arg-type]
-    return Dense(A.dense()).each_gram(Dense(B.dense()))
+    return _summed(A).each_gram(_summed(B))
+
+
+def _summed(A: Factor) -> Sum:
+    return A if isinstance(A, Sum) else Sum((A,))
 
 
 def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
     """sum over columns and samples of A * B, entry by entry."""
+    if isinstance(A, Sum):
+        return torch.stack([paired(part, B) for part in A.parts]).sum(0)
     if isinstance(A, Lookup) and isinstance(B, Outer) and B.swapped and B.shape is None and B.g.shape[2] == 1:
         # a table that is a weight as well: only the rows that were looked up meet
         here = B.a[A.sample, 0].gather(2, A.row.view(-1, 1, 1).expand(-1, B.a.shape[2], 1))[:, :, 0]  # [M, L]
@@ -59,16 +78,29 @@ def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
 
 def total(found: Sequence[Factor]) -> Factor:
     """All uses of one parameter, summed before anything is squared: cross terms are part of the answer."""
-    first, *others = found
-    if not others:
-        return first
-    if isinstance(first, Outer) and all(isinstance(x, Outer) and x.alike(first) for x in others):
-        outers = [x for x in found if isinstance(x, Outer)]
-        g, a = torch.cat([x.g for x in outers], 3), torch.cat([x.a for x in outers], 2)
-        return Outer(g, a, first.shape, first.swapped)
-    if isinstance(first, Lookup) and all(isinstance(x, Lookup) and x.rows == first.rows for x in others):
-        lookups = [x for x in found if isinstance(x, Lookup)]
-        g = torch.cat([x.g for x in lookups], 1)
-        row, sample = torch.cat([x.row for x in lookups]), torch.cat([x.sample for x in lookups])
-        return Lookup(g, row, sample, first.N, first.param)
-    return Dense(sum((x.dense() for x in others), first.dense()), fresh=True)
+    parts: list[Dense | Outer | Lookup] = []
+    for factor in found:
+        for part in factor.parts if isinstance(factor, Sum) else (factor,):
+            _join(parts, part)
+    if len(parts) == 1:
+        return parts[0]
+    if any(isinstance(part, Dense) for part in parts):  # the memory is spent already
+        return Dense(sum((x.dense() for x in parts[1:]), parts[0].dense()), fresh=True)
+    return Sum(tuple(parts))
+
+
+def _join(parts: list[Dense | Outer | Lookup], new: Dense | Outer | Lookup) -> None:
+    """Put it beside what has its form, as more positions; else behind the others."""
+    for k, old in enumerate(parts):
+        if isinstance(old, Outer) and isinstance(new, Outer) and new.alike(old):
+            g, a = torch.cat([old.g, new.g], 3), torch.cat([old.a, new.a], 2)
+            parts[k] = Outer(g, a, old.shape, old.swapped)
+            return
+        if isinstance(old, Lookup) and isinstance(new, Lookup) and new.rows == old.rows:
+            row, sample = torch.cat([old.row, new.row]), torch.cat([old.sample, new.sample])
+            parts[k] = Lookup(torch.cat([old.g, new.g], 1), row, sample, old.N, old.param)
+            return
+        if isinstance(old, Dense) and isinstance(new, Dense):
+            parts[k] = Dense(old.t + new.t, fresh=True)
+            return
+    parts.append(new)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
-from hookjac.factor import Dense, Factor, Lookup, Outer
+from hookjac.factor import Factor, Lookup, Outer
 from hookjac.kronecker import Kronecker, KroneckerEigen
 from hookjac.quantity.gradient import Samples
 from hookjac.quantity.record import GGN, Adds, Averaged, Loss, Quantity, Received, Sampled, Wish, chosen
@@ -121,7 +121,7 @@ def _correct(found: Kronecker, factor: Factor, metric: Tensor | None) -> Kroneck
     eigen = found.eigen()
     if found.A is None:
         return eigen  # its eigenvalues are those of the exact block
-    assert not isinstance(factor, Dense)
+    assert isinstance(factor, (Outer, Lookup))
     turned = factor.rotated(eigen.Q_A, eigen.Q_B)
     weights = torch.ones(factor.N, factor.V, dtype=eigen.values.dtype, device=eigen.values.device)
     exact = turned.quad(weights if metric is None else metric)
