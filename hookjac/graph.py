@@ -193,7 +193,9 @@ def _batched(node: Node, columns: list[Tensor]) -> list[Tensor | None]:
         rows = [_apply(node, [c[v].clone() for c in kept]) for v in range(kept[0].shape[0])]
         return [None if r[0] is None else torch.stack([t for t in r if t is not None]) for r in zip(*rows, strict=True)]
 
-    if type(node).__name__ in _NOT_BATCHED:
+    # batched kernels take some of what a node saved (LayerNorm's statistics) for constants: their values are right,
+    # their derivatives are not (seen on torch 2.13)
+    if type(node).__name__ in _NOT_BATCHED or torch.is_grad_enabled():
         return looped()
     try:
         # "same": a node that recomputes its forward must draw the mask that was drawn, once for all columns

@@ -20,6 +20,9 @@ from hookjac import HookjacError
 MORE = {
     "norms": Model(lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), nn.Flatten(), nn.LayerNorm(8),
                                          nn.Softplus(), nn.Linear(8, C)), (2, 3)),
+    "norm by autograd's node": Model(
+        lambda: Fn(lambda m, x: m.b(torch.relu(m.n(torch.mul(*m.a(x).chunk(2, -1)))).square()), a=nn.Linear(D, 8),
+                   n=Plain(4), b=nn.Linear(4, C))),
     "identity": Model(lambda: eye(nn.Sequential(nn.Linear(D, C), nn.Tanh(), nn.Linear(C, C)))),
     "scale": Model(lambda: Fn(lambda m, x: m.b(torch.tanh(m.a(x)) * m.s) / m.t, a=nn.Linear(D, 4), s=par(4), t=par(C),
                               b=nn.Linear(4, C))),
@@ -37,6 +40,17 @@ MORE = {
                                                nn.Linear(4, C))),
 }  # fmt: skip
 ALL = {**{k: v for k, v in MODELS.items() if v.penalty is None}, **MORE}
+
+
+class Plain(nn.Module):
+    """A LayerNorm whose weights are made by something else, so that masked columns serve it."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.w, self.d = par(d), d
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (self.d,), self.w.exp(), self.w.sin())
 
 
 def eye(net: nn.Sequential) -> nn.Sequential:

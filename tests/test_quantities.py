@@ -83,6 +83,7 @@ def summand(output: Tensor, n: int) -> Tensor:
 def definitions(model: nn.Module, x: Tensor, penalty: Tensor | None) -> dict[str, dict[str, Tensor]]:
     with sdpa_kernel(SDPBackend.MATH):
         output = model(x)
+    N, C = output.shape
     free = output.detach().requires_grad_()
     slope = grad(random_loss(free), free)
     H = torch.stack([torch.stack([grad(s, free)[n].detach() for s in slope[n]]) for n in range(N)])  # [N, C, C]
