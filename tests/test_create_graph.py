@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -223,3 +225,36 @@ def test_refusals() -> None:
         hookjac.extend(reentrant.double(), "jac", create_graph=True),
     ):
         loss_of(reentrant(x)).backward()
+
+
+def test_the_second_backward_belongs_after_the_block() -> None:
+    model, x = build("MLP")
+    with hookjac.extend(model, "jac", create_graph=True):
+        loss_of(model(x)).backward()
+        penalty = sum(p.jac.sq_sum().sum() for p in model.parameters())  # type: ignore[attr-defined]
+        with pytest.raises(HookjacError, match="is backpropagated after the block"):
+            penalty.backward()  # type: ignore[union-attr]
+    penalty.backward()  # type: ignore[union-attr]
+
+
+def test_results_that_were_deleted_are_freed() -> None:
+    model, x = build("MLP")
+    with hookjac.extend(model, "jac", "grad_sample", create_graph=True):
+        loss_of(model(x)).backward()
+    alive = weakref.ref(model[0].weight)  # type: ignore[index]
+    for p in model.parameters():
+        del p.jac, p.grad_sample  # type: ignore[attr-defined]
+    del model, p
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_step_replaces_the_graph_of_the_last() -> None:
+    model, x = build("MLP")
+    alive = []
+    for _ in range(5):
+        with hookjac.extend(model, "jac", "grad_sample", create_graph=True):
+            loss_of(model(x)).backward()
+        gc.collect()
+        alive.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+    assert alive[1] == alive[-1]
