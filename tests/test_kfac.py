@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, par, random_loss
 from oracle import close, grad, trainable
+from test_quantities import MODELS
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hookjac
 from hookjac import KFAC, HookjacError, Kronecker, extend
@@ -97,6 +99,62 @@ def test_factors(name: str, fisher: Any, sharing: Any) -> None:
     if L == 1 and sharing == "expand":
         assert layer.bias.kfac.A is None
         close(layer.bias.kfac.B, B, "bias")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_on_whole_models(name: str) -> None:
+    """Linear layers called once by the definition; what has no input side is its own exact block."""
+    case = MODELS[name]
+    model, x = case.build(), case.inputs()
+    calls: dict[nn.Module, int] = {}
+    handles = [m.register_forward_hook(lambda m, *_: calls.update({m: calls.get(m, 0) + 1})) for m in model.modules()]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    with extend(model, KFAC(fisher="exact"), "ggn_block"):
+        random_loss(model(x)).backward()
+    checked = 0
+    for layer in model.modules():
+        tied = sum(layer is not m and getattr(m, "weight", 0) is getattr(layer, "weight", 1) for m in model.modules())
+        if type(layer) is nn.Linear and calls.get(layer) == 1 and not tied and layer.weight.kfac.A is not None:  # type: ignore
+            with sdpa_kernel(SDPBackend.MATH):
+                a, J, H, _ = arriving(model, layer, x, random_loss)
+            a, J = positions(layer, a, J)
+            L = a.shape[1]
+            B = sum(J[n, :, k].T @ H[n] @ J[n, :, k] for n in range(N) for k in range(L))
+            close(layer.weight.kfac.A, torch.einsum("nki,nkj->ij", a, a) / (N * L), (name, "A"))  # type: ignore
+            close(layer.weight.kfac.B, B, (name, "B"))  # type: ignore
+            checked += 1
+    for key, p in trainable(model).items():
+        if p.kfac.A is None:  # type: ignore[attr-defined]
+            close(p.kfac.B, p.ggn_block, (name, key))  # type: ignore[attr-defined]
+            checked += 1
+    assert checked
+
+
+def test_factors_of_an_lstm() -> None:
+    """Time steps are positions: inputs and hidden states on one side, the gates' slopes on the other."""
+    model = Fn(lambda m, x: m.o(m.r(x)[0][:, -1]), r=nn.LSTM(2, 3, batch_first=True), o=nn.Linear(3, C))
+    x, T = torch.randn(N, 4, 2), 4
+    r, h, c = model.r, torch.zeros(N, 3), torch.zeros(N, 3)
+    states, gates = [], []
+    for t in range(T):
+        states.append(h.detach())
+        z = x[:, t] @ r.weight_ih_l0.T + r.bias_ih_l0 + h @ r.weight_hh_l0.T + r.bias_hh_l0
+        gates.append(z)
+        i, f, g, o = z.chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+    output = model.o(h)
+    close(output.detach(), model(x).detach(), "the same net")
+    slopes = [grad(random_loss(output), z).detach() for z in gates]
+    B = sum(torch.outer(row, row) for g in slopes for row in g)
+    with extend(model, KFAC(fisher="empirical")):
+        random_loss(model(x)).backward()
+    for key, inputs in (("weight_ih_l0", [x[:, t] for t in range(T)]), ("weight_hh_l0", states)):
+        found = getattr(r, key).kfac
+        close(found.A, sum(torch.outer(row, row) for a in inputs for row in a) / (N * T), (key, "A"))
+        close(found.B, B, (key, "B"))
 
 
 def test_groups_are_blocks() -> None:
