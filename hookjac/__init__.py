@@ -10,7 +10,7 @@ from hookjac.accumulate import Accumulated, accumulate, load
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.jacobian import Jacobian
-from hookjac.kronecker import Kronecker, KroneckerEigen
+from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
 from hookjac.operator import Curvature
 from hookjac.quantity import (
     GGNMP,
@@ -71,6 +71,7 @@ __all__ = [
     "Jacobian",
     "Kronecker",
     "KroneckerEigen",
+    "KroneckerSum",
     "NodeRule",
     "Quantity",
     "Received",

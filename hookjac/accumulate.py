@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
-from hookjac.kronecker import Kronecker
+from hookjac.kronecker import Kronecker, KroneckerSum
 from hookjac.progress import Progress
 from hookjac.quantity import Quantity, parse
 from hookjac.quantity.record import Adds, Received
@@ -58,12 +58,15 @@ class Accumulated(Mapping[str, dict[str, Any]]):
         for q, found in self._results.items():
             for name, value in found.items():
                 place = f"{q}/{name}"
-                if isinstance(value, Kronecker):
-                    note = {"shape": list(value.shape), "swapped": value.swapped, "rows": value.rows}
-                    tensors[f"{place}/B"] = value.B
-                    if value.A is not None:
-                        tensors[f"{place}/A"] = value.A
-                    notes[place] = {"kronecker": note}
+                if isinstance(value, (Kronecker, KroneckerSum)):
+                    parts = value.parts if isinstance(value, KroneckerSum) else (value,)
+                    kinds = []
+                    for k, part in enumerate(parts):
+                        kinds.append({"shape": list(part.shape), "swapped": part.swapped, "rows": part.rows})
+                        tensors[f"{place}/{k}/B"] = part.B
+                        if part.A is not None:
+                            tensors[f"{place}/{k}/A"] = part.A
+                    notes[place] = {"kronecker": kinds}
                 elif isinstance(value, Tensor):
                     tensors[place], notes[place] = value, {}
                 else:
@@ -78,9 +81,11 @@ def load(path: str | os.PathLike[str]) -> Accumulated:
     for place, note in about["results"].items():
         q, name = place.split("/", 1)
         if "kronecker" in note:
-            kind = note["kronecker"]
-            A, B = tensors.get(f"{place}/A"), tensors[f"{place}/B"]
-            value: Any = Kronecker(A, B, torch.Size(kind["shape"]), kind["swapped"], kind["rows"])
+            parts = []
+            for k, kind in enumerate(note["kronecker"]):
+                A, B = tensors.get(f"{place}/{k}/A"), tensors[f"{place}/{k}/B"]
+                parts.append(Kronecker(A, B, torch.Size(kind["shape"]), kind["swapped"], kind["rows"]))
+            value: Any = parts[0] if len(parts) == 1 else KroneckerSum(tuple(parts))
         else:
             value = tensors[place]
         found.setdefault(q, {})[name] = value
@@ -162,7 +167,7 @@ class _Sums:
         """weight: by which a mean over a batch becomes a sum."""
         assert q.adds is not None
         parts, note = q.adds.split(measured)
-        new = [t.detach() * float(weight) ** power for t, power in zip(parts, q.adds.powers, strict=True)]
+        new = [t.detach() * float(weight) ** power for t, power in zip(parts, _powers(q.adds, parts), strict=True)]
         sums, notes = self.found.setdefault(q.name, {}), self.notes.setdefault(q.name, {})
         if name not in sums or notes[name].get("empty"):
             sums[name], notes[name] = new, note
@@ -259,7 +264,7 @@ class _Run:
             for name, p in self.params.items():
                 weight = sums.samples if self.reduction == "mean" else 1
                 parts = sums.found[q.name][name]
-                parts = [t / float(weight) ** power for t, power in zip(parts, q.adds.powers, strict=True)]
+                parts = [t / float(weight) ** power for t, power in zip(parts, _powers(q.adds, parts), strict=True)]
                 value = q.adds.join(sums.notes[q.name][name], parts, sums.samples)
                 results.setdefault(q.name, {})[name] = value
                 setattr(p, q.name, value)
@@ -329,6 +334,10 @@ class _Run:
         }
         sums = _Sums(found, about["sums"], about["samples"], about["batches"], about["last"])
         return sums, listed("start"), listed("now")
+
+
+def _powers(adds: Adds, parts: list[Tensor]) -> list[int]:
+    return list(adds.powers) * (len(parts) // len(adds.powers))
 
 
 def _measure(q: Quantity) -> Callable[[Received], tuple[int, Any]]:

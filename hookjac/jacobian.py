@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hookjac import handover
 from hookjac.factor import Dense, Factor, Lookup, Outer, add_gram, each_gram
-from hookjac.kronecker import Kronecker
+from hookjac.kronecker import Kronecker, KroneckerSum
 from hookjac.structured import JacTensor
 
 Which = Literal["full", "outputs", "trace"]
@@ -90,7 +90,7 @@ class Jacobian:
             raise ValueError(f"expected a metric [{self.N}, {self.C}] or [.., {self.C}], got {tuple(metric.shape)}")
         return torch.cat([jac.intact.quad(metric).reshape(-1) for jac in self.parts.values()])
 
-    def variance(self, covariance: Tensor | Sequence[Kronecker]) -> Tensor:
+    def variance(self, covariance: Tensor | Sequence[Kronecker | KroneckerSum]) -> Tensor:
         """[N, C, C]: J_n Σ J_nᵀ for each sample, the predictive covariance of a linearised model (Laplace).
 
         covariance: the diagonal of Σ [P], or a `Kronecker` for each parameter in order, Σ being block-diagonal.
@@ -139,9 +139,9 @@ def _rows(v: Tensor, size: int) -> Tensor:  # [size] or [size, K] -> [K, size]
     return v.reshape(size, -1).T
 
 
-def _times_kronecker(factor: Factor, K: Kronecker) -> Factor:
+def _times_kronecker(factor: Factor, K: Kronecker | KroneckerSum) -> Factor:
     """Columns times B (x) A: still of their own kind where the sides fit together."""
-    if K.A is not None:
+    if isinstance(K, Kronecker) and K.A is not None:
         if isinstance(factor, Outer) and K.swapped == factor.swapped and K._b.shape[0] == factor.g.shape[2]:
             return factor.multiplied(K._a, K._b)
         if isinstance(factor, Lookup) and K.swapped and factor.g.shape[2] > 1:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hookjac.errors import HookjacError
+
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
@@ -167,3 +169,65 @@ class KroneckerEigen:
         P = self.source.shape.numel()
         units = torch.eye(P, dtype=self.values.dtype, device=self.values.device)
         return (self @ units.reshape(P, *self.source.shape)).reshape(P, P)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerSum:
+    """`p.kfac` of a parameter that is used in ways of different form (a table that is also the last layer's weight).
+
+    The sum of a `Kronecker` for each way; what the ways have in common is left out, as KFAC leaves out what positions
+    have in common. Such a sum has no inverse of Kronecker form: `solve` runs conjugate gradients.
+    """
+
+    parts: tuple[Kronecker, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's."""
+        return self.parts[0].shape
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return torch.stack([part @ v for part in self.parts]).sum(0)
+
+    def to_dense(self) -> Tensor:
+        """[P, P], in the parameter's row-major order."""
+        return torch.stack([part.to_dense() for part in self.parts]).sum(0)
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, a number."""
+        return torch.stack([part.trace() for part in self.parts]).sum()
+
+    def lerp(self, other: KroneckerSum, weight: float) -> KroneckerSum:
+        """Factor by factor: self + weight (other - self)."""
+        return KroneckerSum(tuple(a.lerp(b, weight) for a, b in zip(self.parts, other.parts, strict=True)))
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """The logarithm of the determinant with `damping` on the diagonal, from the [P, P] matrix: small ones only."""
+        full = self.to_dense()
+        return torch.linalg.slogdet(full + damping * torch.eye(len(full), dtype=full.dtype, device=full.device))[1]
+
+    def solve(self, v: Tensor, damping: float = 0.0, *, steps: int = 1000) -> Tensor:
+        """(self + damping)⁻¹ v to rounding, by conjugate gradients. v [*p] or [k, *p].
+
+        Cost: a product for each step, as many as the matrix has different eigenvalues. Error after `steps` without
+        success: a matrix that is nearly singular needs more damping.
+        """
+        self.parts[0]._open(v)  # refuses other shapes
+        b = v.reshape(-1, self.shape.numel())
+        x, r = torch.zeros_like(b), b.clone()
+        d, size = r.clone(), r.square().sum(1)
+        enough = size * (16 * torch.finfo(b.dtype).eps) ** 2
+        for _ in range(steps):
+            if bool((size <= enough).all()):
+                return x.reshape(v.shape)
+            product = (self @ d.reshape(-1, *self.shape)).reshape(b.shape) + damping * d
+            step = size / (d * product).sum(1).clamp(min=torch.finfo(b.dtype).tiny)
+            step = torch.where(size > enough, step, torch.zeros_like(step)).unsqueeze(1)
+            x, r = x + step * d, r - step * product
+            before, size = size, r.square().sum(1)
+            d = r + (size / before.clamp(min=torch.finfo(b.dtype).tiny)).unsqueeze(1) * d
+        raise HookjacError(
+            f"conjugate gradients did not solve a sum of {len(self.parts)} Kronecker products of shape "
+            f"{tuple(self.shape)} in {steps} steps: it is nearly singular. Use a larger damping (it was {damping}), or "
+            "more steps."
+        )

@@ -22,8 +22,8 @@ class JacTensor(Tensor):
     These never build it: `gram`, `norms`, `sq_sum`, `times` and `back`; the `torch.einsum` and `torch.tensordot`
     forms of those; picking samples, or outputs when there is one axis of them; `to` and `detach`, `clone`, `deepcopy`.
     All other operations build the dense tensor and work on that; `to_dense()` does so on purpose (torch.func.grad and
-    jvp need it). It cannot be written
-    to. It holds layer inputs by reference: if one was modified in place since, reading raises.
+    jvp need it). It cannot be written to. It holds layer inputs by reference: if one was modified in place since,
+    reading raises.
     """
 
     factor: Factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hookjac
-from hookjac import KFAC, HookjacError, Kronecker, extend
+from hookjac import KFAC, HookjacError, Kronecker, KroneckerSum, extend
 
 Y = torch.tensor([0, 2, 1, 1])
 
@@ -116,7 +117,7 @@ def test_factors_on_whole_models(name: str) -> None:
     checked = 0
     for layer in model.modules():
         tied = sum(layer is not m and getattr(m, "weight", 0) is getattr(layer, "weight", 1) for m in model.modules())
-        if type(layer) is nn.Linear and calls.get(layer) == 1 and not tied and layer.weight.kfac.A is not None:  # type: ignore
+        if type(layer) is nn.Linear and calls.get(layer) == 1 and not tied and isinstance(layer.weight.kfac, Kronecker):  # type: ignore
             with sdpa_kernel(SDPBackend.MATH):
                 a, J, H, _ = arriving(model, layer, x, random_loss)
             a, J = positions(layer, a, J)
@@ -126,10 +127,63 @@ def test_factors_on_whole_models(name: str) -> None:
             close(layer.weight.kfac.B, B, (name, "B"))  # type: ignore
             checked += 1
     for key, p in trainable(model).items():
-        if p.kfac.A is None:  # type: ignore[attr-defined]
+        if isinstance(p.kfac, Kronecker) and p.kfac.A is None:  # type: ignore[attr-defined]
             close(p.kfac.B, p.ggn_block, (name, key))  # type: ignore[attr-defined]
             checked += 1
     assert checked
+
+
+def tied_table() -> nn.Module:
+    model = Fn(lambda m, i: m.o(torch.tanh(m.e(i)).mean(1)), e=nn.Embedding(C, 4), o=nn.Linear(4, C, bias=False))
+    model.o.weight = model.e.weight
+    return model
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_table_that_is_a_weight_as_well(sharing: Any) -> None:
+    """The sum of what each of its uses alone would have."""
+    model, ids = tied_table(), torch.randint(C, (N, 3))
+    apart = Fn(model._forward, e=nn.Embedding(C, 4), o=nn.Linear(4, C, bias=False))
+    apart.load_state_dict({"e.weight": model.e.weight, "o.weight": model.e.weight})
+    for net in (model, apart):
+        with extend(net, KFAC(fisher="exact", sharing=sharing)):
+            random_loss(net(ids)).backward()
+    found, wanted = model.e.weight.kfac, apart.e.weight.kfac.to_dense() + apart.o.weight.kfac.to_dense()
+    assert isinstance(found, KroneckerSum)
+    close(found.to_dense(), wanted, "dense")
+    v = torch.randn(2, C, 4)
+    close((found @ v).reshape(2, -1), v.reshape(2, -1) @ wanted, "product")
+    close(found.trace(), wanted.trace(), "trace")
+    raised = wanted + 0.3 * torch.eye(4 * C)
+    close(found.logdet(0.3), torch.logdet(raised), "logdet")
+    close(found.solve(v, 0.3).reshape(2, -1), torch.linalg.solve(raised, v.reshape(2, -1).T).T, "solve")
+    close(found.solve(v[0], 0.3), found.solve(v, 0.3)[0], "one vector", 1e-9)
+    close(found.lerp(found, 0.3).to_dense(), wanted, "moving average")
+    with extend(model, "jac") as ext:
+        random_loss(model(ids)).backward()
+    J = ext.jacobian.to_dense().reshape(N, C, -1)
+    close(ext.jacobian.variance([found]), J @ wanted @ J.transpose(1, 2), "variance")
+    singular = Kronecker(None, torch.diag(torch.tensor([1.0, 0.0])), torch.Size([2]))
+    with pytest.raises(HookjacError, match="nearly singular"):
+        KroneckerSum((singular, singular)).solve(torch.ones(2), steps=5)
+    with pytest.raises(ValueError, match="expected a vector"):
+        found.solve(torch.ones(3))
+    with pytest.raises(HookjacError, match="corrected=False"), extend(model, KFAC(fisher="exact", corrected=True)):
+        random_loss(model(ids)).backward()
+
+
+def test_factors_of_a_tied_table_add_up_over_batches(tmp_path: Path) -> None:
+    model, ids, y = tied_table(), torch.randint(C, (7, 3)), torch.randint(C, (7,))
+    batches = list(zip(ids.split(3), y.split(3), strict=True))
+    found = hookjac.accumulate(model, F.cross_entropy, batches, KFAC(fisher="exact"), checkpoint=tmp_path / "run")
+    with extend(model, KFAC(fisher="exact")):
+        F.cross_entropy(model(ids), y).backward()
+    wanted = model.e.weight.kfac.to_dense()
+    close(found["kfac"]["e.weight"].to_dense(), wanted, "accumulated")
+    found.save(tmp_path / "found")
+    close(hookjac.load(tmp_path / "found")["kfac"]["e.weight"].to_dense(), wanted, "read back")
+    again = hookjac.accumulate(model, F.cross_entropy, batches, KFAC(fisher="exact"), checkpoint=tmp_path / "run")
+    assert torch.equal(again["kfac"]["e.weight"].to_dense(), found["kfac"]["e.weight"].to_dense())
 
 
 def test_factors_of_an_lstm() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
-from hookjac.factor import Factor, Lookup, Outer
-from hookjac.kronecker import Kronecker, KroneckerEigen
+from hookjac.factor import Factor, Lookup, Outer, Sum
+from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
 from hookjac.quantity.gradient import Samples
 from hookjac.quantity.record import GGN, Adds, Averaged, Loss, Quantity, Received, Sampled, Wish, chosen
 
@@ -30,7 +30,8 @@ def KFAC(
 
     For a weight, A = mean of a aᵀ over samples and positions, with a the layer's input; B = the sum over samples,
     positions and columns of g gᵀ, with g what arrives at its output, so that B carries the loss's reduction. For a
-    table A is diagonal; a bias or a norm has B alone, its exact block. Of the data's part of the loss.
+    table A is diagonal; a bias or a norm has B alone, its exact block. Uses of one form are positions of one product;
+    of different forms (a table that is a weight as well), a `KroneckerSum`. Of the data's part of the loss.
 
     fisher: which columns g. "mc": `samples` random ones with the loss's Hessian as second moment (unbiased; Martens &
     Grosse 2015); "exact": all C (KFLR, Botev et al. 2017); "empirical": the loss gradients of the samples themselves,
@@ -51,12 +52,19 @@ def KFAC(
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}")
 
-    def reduce(got: Received) -> Kronecker | KroneckerEigen:
+    def reduce(got: Received) -> Kronecker | KroneckerEigen | KroneckerSum:
         if len(got.pieces) > 1:
             raise HookjacError("kfra is defined for parameters that are used once. Use fisher='exact' or 'mc'.")
         if not got.pieces:
             return _nothing(got, corrected)
         factor, metric = got.pieces[0]
+        if isinstance(factor, Sum):
+            if corrected:
+                raise HookjacError(
+                    "it is used in ways of different form (a table that is a weight as well), so that its factors are "
+                    "a sum of Kronecker products, which has no eigenvectors of that form. Use corrected=False."
+                )
+            return KroneckerSum(tuple(_factored(part, metric, got.param, sharing == "reduce") for part in factor.parts))
         found = _factored(factor, metric, got.param, sharing == "reduce")
         return _correct(found, factor, metric) if corrected else found
 
@@ -71,15 +79,20 @@ def KFAC(
     )
 
 
-def _split(found: Kronecker) -> tuple[list[Tensor], dict[str, Any]]:
-    """A as a sum over its rows, their number, and B."""
+def _split(found: Kronecker | KroneckerSum) -> tuple[list[Tensor], dict[str, Any]]:
+    """A as a sum over its rows, their number, and B; for each of the products."""
+    if isinstance(found, KroneckerSum):
+        each = [_split(part) for part in found.parts]
+        return [t for parts, _ in each for t in parts], {"sum": [note for _, note in each]}
     A = found.B.new_zeros(0) if found.A is None else found.A * found.rows
     rows = torch.tensor(found.rows, dtype=torch.float64)
     note = {"shape": list(found.shape), "swapped": found.swapped, "biased": found.A is None, "empty": not found.rows}
     return [A, rows, found.B], note
 
 
-def _join(note: dict[str, Any], sums: list[Tensor], N: int) -> Kronecker:
+def _join(note: dict[str, Any], sums: list[Tensor], N: int) -> Any:
+    if "sum" in note:
+        return KroneckerSum(tuple(_join(one, sums[3 * k : 3 * k + 3], N) for k, one in enumerate(note["sum"])))
     A, rows, B = sums
     A = A / max(1.0, rows.item())
     return Kronecker(None if note["biased"] else A, B, torch.Size(note["shape"]), note["swapped"], int(rows))
@@ -98,9 +111,8 @@ def _factored(factor: Factor, metric: Tensor | None, param: Tensor, reduce: bool
         return Kronecker(A, B, param.shape, swapped=True, rows=factor.N if reduce else len(factor.row))
     if param.numel() > _SMALL:
         raise HookjacError(
-            f"a parameter of shape {tuple(param.shape)} reaches the output by a way without known factors (no rule, or "
-            "rules of different kinds: a table that is a weight as well), and its whole block is too large. List the "
-            "others in backward(inputs=...), freeze it, or use ggn_diag."
+            f"a parameter of shape {tuple(param.shape)} reaches the output by a way without known factors (no rule), "
+            "and its whole block is too large. List the others in backward(inputs=...), freeze it, or use ggn_diag."
         )
     return Kronecker(None, factor.block(metric).to(dtype), param.shape, rows=factor.N)
 

@@ -198,7 +198,7 @@ class Adds:
     """How the results of batches make up that of all of them: statistics that are summed.
 
     powers: for each statistic, the power of the loss in it: 1 if twice the loss doubles it, 0 if it does not depend on
-        the loss. By it a mean over a batch becomes a mean over the data.
+        the loss. By it a mean over a batch becomes a mean over the data. Repeated for more statistics.
     measure: from a `Received` to what is split; None: the quantity's own result.
     split: that, as statistics and a note (JSON) of what else is needed; "empty" in the note: nothing arrived.
     join: from the note, the sums and the number of samples to the result.
