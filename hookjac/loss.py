@@ -22,6 +22,7 @@ from hookjac.kinks import crossing
 from hookjac.products import units
 from hookjac.route import Key, Route
 from hookjac.samples import Layout, agree, random, scaled, scales
+from hookjac.structure import separable
 
 
 def scalar(tensors: list[Tensor], weights: list[Tensor | None]) -> Tensor:
@@ -162,6 +163,9 @@ _OWN_INDICES = ("Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Nanmedian",
 
 def _check(part: Top, above: Iterable[Key], route: Route, names: Mapping[int, str]) -> None:
     heads = [g for g in part.gradients if g.requires_grad]
+    above = list(above)
+    if not part.direct and separable(route, above, part.frontier, part.N):
+        return
     try:
         route.demand_twice(above)
         if part.N > 1 and heads:

@@ -22,6 +22,7 @@ from hookjac.products import second_backward
 from hookjac.route import Columns, Group, Key, Route, Stop, walk
 from hookjac.rule import Call, node_rule
 from hookjac.samples import Layout, agree, find, random, scaled, scales
+from hookjac.structure import placed
 from hookjac.tape import Tape, mixing_batchnorm
 from hookjac.uses import Uses, find_uses
 
@@ -128,7 +129,7 @@ def make_plan(
         selected, outputs, N = _outputs(route)
         _check_parameters(route, names, known, current)
         needed = route.needed(names.keys())
-        layout, unfit = _probe(route, outputs, N, needed, names, {})
+        layout, unfit = _survey(route, outputs, N, needed, names, {})
         if not unfit:
             part, layout, unfit = _join(loss, route, outputs, N, needed, names, layout)
         if not unfit:
@@ -148,13 +149,13 @@ def _join(
     layout: dict[Edge, Layout],
 ) -> tuple[Top, dict[Edge, Layout], set[Edge]]:
     """The loss's part of the graph, and the layouts between it and the outputs."""
-    sampled = {edge for edge in layout if route.key(edge) in route.with_data} | set(outputs)
+    sampled = {edge for edge in layout if route.with_data(route.key(edge))} | set(outputs)
     # a first axis may have the right size by chance (N tokens kept by a mask, N classes): then the outputs decide
     with contextlib.suppress(HookjacError):
         part = top(loss, route, sampled, N, names)
-        return part, *_probe(route, part.frontier, N, needed, names, layout)
+        return part, *_survey(route, part.frontier, N, needed, names, layout)
     part = top(loss, route, sampled, N, names, low=True)
-    return part, *_probe(route, part.frontier, N, needed, names, layout)
+    return part, *_survey(route, part.frontier, N, needed, names, layout)
 
 
 def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:
@@ -182,9 +183,9 @@ def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:
     for key in route.order:
         for e in route.outs[key]:
             mark = route.mark(e)
-            if key in below or key not in route.with_data or e.shape[:1] != (N,):
+            if key in below or not mark or e.shape[:1] != (N,):
                 continue
-            if mark and (mark.output or key in route.calls):
+            if (mark.output or key in route.calls) and route.with_data(key):
                 starts.append(e)
                 below |= reachable(route, [key])
     return selected, starts, N
@@ -243,6 +244,43 @@ def _like(t: Tensor) -> tuple[int, torch.dtype, torch.Size]:
     return t.data_ptr(), t.dtype, t.shape
 
 
+def _survey(
+    route: Route,
+    starts: list[Edge],
+    N: int,
+    needed: set[Key],
+    names: Mapping[int, str],
+    known: Mapping[Edge, Layout],
+) -> tuple[dict[Edge, Layout], set[Edge]]:
+    """Find the samples below `starts`, by structure if it tells, else by probing."""
+    if all(edge in known for edge in starts):
+        return dict(known), set()
+    found = placed(route, starts, N, needed | {route.key(edge) for edge in starts})
+    if found is None or any(found.get(edge, layout) != layout for edge, layout in known.items()):
+        return _probe(route, starts, N, needed, names, known)
+    layout, unfit = dict(known), set[Edge]()
+    for edge, its in found.items():
+        if edge not in known:
+            if its is not None:
+                layout[edge] = its
+            if _unfit(route, edge, layout, names):
+                unfit.add(edge)
+    return layout, unfit
+
+
+def _unfit(route: Route, edge: Edge, layout: Mapping[Edge, Layout], names: Mapping[int, str]) -> bool:
+    """A layer whose rule cannot serve the layout of its output. Raises where that cannot be meant."""
+    key = route.key(edge)
+    call = route.calls.get(key)
+    serves = call is not None and any(id(p) in names for p in call.params.values())
+    if edge in layout and (why := _refusal(key, call if serves else None, layout[edge])):
+        raise HookjacError(
+            f"the first axis of the model's output does not count samples: {why}. The output must have the "
+            "batch first; add it with unsqueeze(0) for a single sample."
+        )
+    return bool(serves and call and not (edge in layout and call.rule.fits(call, layout[edge])))
+
+
 def _probe(
     route: Route,
     starts: list[Edge],
@@ -287,14 +325,7 @@ def _probe(
                 layout[edge] = found
             elif norm := next((k for k in consumers.get(edge, ()) if _batch_statistics(k)), None):
                 raise mixing_batchnorm(f"a functional batch norm ({type(norm).__name__})")
-            call = route.calls.get(stop.key)
-            serves = call is not None and any(id(p) in names for p in call.params.values())
-            if edge in layout and (why := _refusal(stop.key, call if serves else None, layout[edge])):
-                raise HookjacError(
-                    f"the first axis of the model's output does not count samples: {why}. The output must have the "
-                    "batch first; add it with unsqueeze(0) for a single sample."
-                )
-            if serves and call and not (edge in layout and call.rule.fits(call, layout[edge])):
+            if _unfit(route, edge, layout, names):
                 unfit.add(edge)
     return layout, unfit
 

@@ -54,6 +54,7 @@ class Route:
         self.calls: dict[Key, Call] = {}
         self.outs: dict[Key, list[Edge]] = {}
         self.after: dict[Key, list[Edge | None]] = {}
+        self._with_data: dict[Key, bool] = {}
         self.starts = [self.resolve(edge) for edge in starts]
         self.order: list[Key] = ordered(
             [self.key(edge) for edge in self.starts],
@@ -76,18 +77,17 @@ class Route:
         found += getattr(key, "saved_tensors", ())
         return [t for t in found if t.dim() and not t.requires_grad]
 
-    @functools.cached_property
-    def with_data(self) -> set[Key]:
-        """Stations that data may enter at or below. What the others make is made of parameters alone."""
-        found: set[Key] = set()
-        for key in reversed(self.order):
-            leaf = self.leaf(key)
-            own = not isinstance(leaf, torch.nn.Parameter)
-            if leaf is None:
-                own = None in self.after[key] or bool(self.constants(key))
-            if own or any(edge is not None and self.key(edge) in found for edge in self.after[key]):
-                found.add(key)
-        return found
+    def with_data(self, key: Key) -> bool:
+        """May data enter at this station or below? What the others make is made of parameters alone."""
+        if key not in self._with_data:
+            below = ordered([key], lambda k: [self.key(e) for e in self.after[k] if e is not None])
+            for k in reversed(below):
+                leaf = self.leaf(k)
+                own = not isinstance(leaf, torch.nn.Parameter)
+                if leaf is None:
+                    own = None in self.after[k] or bool(self.constants(k))
+                self._with_data[k] = own or any(self._with_data[self.key(e)] for e in self.after[k] if e is not None)
+        return self._with_data[key]
 
     @functools.cached_property
     def rounding(self) -> float:

@@ -76,6 +76,8 @@ class Rule:
         by products.
     constant: the Jacobian is the same for all samples, and `pull` takes any number of them.
     claims: may say no to a module (an option that the formula does not cover).
+    place: `(call, layout, out)`: where the samples lie in the input, from where they lie in the output and from its
+        shape, whatever the values are; None where that does not tell. Without it, each backward finds out by probing.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Rule:
     linear: bool = True
     constant: bool = False
     claims: Callable[[nn.Module], bool] = _always
+    place: Callable[[Call, Layout, torch.Size], Layout | None] | None = None
 
     def __post_init__(self) -> None:
         if not self.modules or not all(isinstance(m, type) and issubclass(m, nn.Module) for m in self.modules):
@@ -98,6 +101,11 @@ class Rule:
             raise TypeError(f"rule {self.name!r}: `params` must be a tuple of names, got {self.params!r}")
         if bool(self.params) != (self.factors is not None):
             raise ValueError(f"rule {self.name!r}: `params` and `factors` go together")
+
+
+def unmoved(call: Call, layout: Layout, out: torch.Size) -> Layout:
+    """The samples lie in the input where they lie in the output."""
+    return layout
 
 
 def linear_map(name: str, *modules: type[nn.Module], pull: Callable[[Call, Tensor], Tensor], **more: object) -> Rule:
@@ -130,7 +138,9 @@ def elementwise(
         assert d2 is not None
         return g * d2(call)
 
-    return Rule(name=name, modules=modules, pull=pull, bend=bend if d2 else None, claims=inplace_or_other)
+    return Rule(
+        name=name, modules=modules, pull=pull, bend=bend if d2 else None, claims=inplace_or_other, place=unmoved
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ def find_uses(route: Route, names: Mapping[int, str], below: Collection[Key], la
             operand = route.after[key][slot] if slot < len(route.after[key]) else None
             if operand is None or not rule.fits(key, slot, layout[edge]):
                 continue
-            if layout[edge].N == 1 and route.key(operand) in route.with_data:
+            if layout[edge].N == 1 and route.with_data(route.key(operand)):
                 continue  # with one sample every shape fits; what holds data is no weight
             end, chain = _follow(route, operand)
             if end is not None and id(end) in names:

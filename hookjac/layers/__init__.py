@@ -1,5 +1,5 @@
 """Rules, one file a family. Importing this registers them all."""
 
-from hookjac.layers import broadcast, conv, dense, embed, norm, pointwise, shape
+from hookjac.layers import broadcast, conv, dense, embed, glue, norm, pointwise, shape
 
-__all__ = ["broadcast", "conv", "dense", "embed", "norm", "pointwise", "shape"]
+__all__ = ["broadcast", "conv", "dense", "embed", "glue", "norm", "pointwise", "shape"]

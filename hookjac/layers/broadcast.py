@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hookjac.factor import Dense, Factor
 from hookjac.graph import Edge, Node, children, meta, saved
+from hookjac.places import Placed, Shapes, place, same
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
@@ -97,3 +98,16 @@ def _repeat_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
 
 
 register(NodeRule(name="repeat", nodes=("RepeatBackward0",), slots=(0,), fits=_copies_are_samples, part=_repeat_part))
+
+
+def _repeat_place(node: Node, layout: Layout, out: torch.Size, shapes: Shapes) -> Placed:
+    if _copies_are_samples(node, 0, layout):
+        return [None]
+    return (
+        same(node, layout, out, shapes)
+        if _aligned(operand(node, 0), len(out))[layout.axis] == out[layout.axis]
+        else None
+    )
+
+
+place("RepeatBackward0", into=_repeat_place)

@@ -17,6 +17,7 @@ from torch import Tensor
 from hookjac.factor import Dense, Factor, Outer
 from hookjac.graph import Edge, Node, saved
 from hookjac.layers.broadcast import operand
+from hookjac.places import place, rows_of_first
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
@@ -79,3 +80,4 @@ register(
         refuses=_channels_as_samples,
     )
 )
+place("ConvolutionBackward0", into=rows_of_first)

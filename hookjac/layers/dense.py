@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from hookjac.factor import Dense, Factor, Outer
 from hookjac.graph import Node, saved
-from hookjac.layers.broadcast import operand, stretched, summed
+from hookjac.layers.broadcast import operand, summed
+from hookjac.layers.broadcast import stretched as was_stretched
+from hookjac.places import Placed, Shapes, place, rows_of_first, stretched
 from hookjac.rule import Call, NodeRule, Rule, register
 from hookjac.samples import Layout
 
@@ -55,6 +60,7 @@ register(
         refuses=_features_as_samples,
         mixed=_linear_mixed,
         constant=True,
+        place=lambda call, layout, out: layout if layout.axis < len(out) - 1 else None,
     )
 )
 
@@ -98,7 +104,7 @@ def _mm_mixed(node: Node, slot: int, g: Tensor, X: Tensor, layout: Layout) -> Fa
 
 
 def _addmm_fits(node: Node, slot: int, layout: Layout) -> bool:
-    return stretched(node, 0, layout) if slot == 0 else layout.axis == (0 if slot == 2 else 1)
+    return was_stretched(node, 0, layout) if slot == 0 else layout.axis == (0 if slot == 2 else 1)
 
 
 def _bmm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
@@ -166,3 +172,34 @@ def _bilinear_form(node: Node, slot: int, layout: Layout) -> bool:
 register(
     NodeRule(name="bilinear form", nodes=("TrilinearBackward0",), slots=(1,), fits=_bilinear_form, part=_trilinear_part)
 )
+
+
+# Where the samples lie in the factors of a product ----------------------------------------------------------------
+
+
+def _mm_place(node: Node, layout: Layout, out: torch.Size, shapes: Shapes) -> Placed:
+    return [layout if k == layout.axis and s is not None else None for k, s in enumerate(shapes)]
+
+
+def _bmm_place(node: Node, layout: Layout, out: torch.Size, shapes: Shapes) -> Placed:
+    if layout.axis == 0:
+        return [None if s is None else layout for s in shapes]
+    return [layout if k == layout.axis - 1 and s is not None else None for k, s in enumerate(shapes)]
+
+
+def _behind(product: Callable[[Node, Layout, torch.Size, Shapes], Placed]) -> Callable[..., Placed]:
+    """A product to which the first input is added."""
+
+    def into(node: Node, layout: Layout, out: torch.Size, shapes: Shapes) -> Placed:
+        first = None if shapes[0] is None else stretched(layout, out, shapes[0])
+        return [first, *(product(node, layout, out, shapes[1:]) or ())]
+
+    return into
+
+
+place("MmBackward0", into=_mm_place, product=True)
+place("AddmmBackward0", into=_behind(_mm_place), product=True)
+place("BmmBackward0", into=_bmm_place, product=True)
+place("BaddbmmBackward0", into=_behind(_bmm_place), product=True)
+place("MvBackward0", into=rows_of_first)
+place("TrilinearBackward0", into=lambda node, la, out, s: [la, None, la] if _bilinear_form(node, 1, la) else None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hookjac.factor import Factor, Lookup
 from hookjac.graph import Node, saved, signed
 from hookjac.layers.broadcast import operand, result
+from hookjac.places import nothing, place
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
@@ -64,3 +65,5 @@ def _fits(node: Node, slot: int, layout: Layout) -> bool:
 
 register(NodeRule(name="embedding", nodes=("EmbeddingBackward0",), slots=(0,), fits=_fits, part=_embedding_part))
 register(NodeRule(name="embedding bag", nodes=("EmbeddingBagBackward0",), slots=(0,), fits=_fits, part=_bag_part))
+place("EmbeddingBackward0", into=nothing)
+place("EmbeddingBagBackward0", into=lambda n, la, out, s: nothing(n, la, out, s) if not any(s[1:]) else None)

@@ -6,12 +6,15 @@ samples among its channels and its scale repeated for each; RMSNorm is a product
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from hookjac.factor import Dense, Factor
 from hookjac.graph import Node, saved
 from hookjac.layers.broadcast import result
+from hookjac.places import Placed, Shapes, place, rows_of_first
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 
@@ -78,3 +81,20 @@ _LAYER, _GROUP, _BATCH = "NativeLayerNormBackward0", "NativeGroupNormBackward0",
 register(NodeRule(name="layer norm", nodes=(_LAYER,), slots=(1, 2), fits=_layer_fits, part=_layer_part))
 register(NodeRule(name="group norm", nodes=(_GROUP,), slots=(1, 2), fits=_rows_are_samples, part=_group_part))
 register(NodeRule(name="batch norm", nodes=(_BATCH,), slots=(1, 2), fits=_running, part=_batch_part))
+
+
+def _behind_positions(node: Node, layout: Layout, out: torch.Size, shapes: Shapes) -> Placed:
+    return [layout, None, None] if _layer_fits(node, 1, layout) else None
+
+
+place(_LAYER, into=_behind_positions)
+place(_GROUP, into=rows_of_first)
+
+
+def _in_batch_norm(node: Node, layout: Layout, out: torch.Size, shapes: Shapes) -> Placed:
+    if layout.axis == 1:  # each channel by itself: so PyTorch writes an instance norm
+        return [None if s is None else layout if k == 0 else replace(layout, axis=0) for k, s in enumerate(shapes)]
+    return None if node._saved_training else rows_of_first(node, layout, out, shapes)
+
+
+place(_BATCH, into=_in_batch_norm)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hookjac.rule import Call, linear_map, register
+from hookjac.places import reshaped
+from hookjac.rule import Call, linear_map, register, unmoved
 
 
 def _back(call: Call, G: Tensor) -> Tensor:  # any number of samples: [V, N, *out] -> [V, N, *in]
@@ -16,5 +17,14 @@ def _keeps_samples(module: nn.Module) -> bool:
     return isinstance(first, int) and first > 0
 
 
-register(linear_map("identity", nn.Identity, pull=lambda call, G: G))
-register(linear_map("reshape", nn.Flatten, nn.Unflatten, pull=_back, claims=_keeps_samples))
+register(linear_map("identity", nn.Identity, pull=lambda call, G: G, place=unmoved))
+register(
+    linear_map(
+        "reshape",
+        nn.Flatten,
+        nn.Unflatten,
+        pull=_back,
+        claims=_keeps_samples,
+        place=lambda call, layout, out: reshaped(layout, out, call.x.shape),
+    )
+)
