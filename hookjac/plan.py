@@ -380,7 +380,7 @@ def _rows(key: Key) -> int:
 
 def _entangled(route: Route, edge: Edge) -> HookjacError:
     mark = route.mark(edge)
-    what = (mark.output or (mark.call and f"layer {mark.call.name!r}")) if mark else None
+    what = (mark.output or (mark.note and f"layer {mark.note.name!r}")) if mark else None
     return HookjacError(
         f"the loss mixes samples: its gradient at {what or 'a tensor'} of shape {tuple(edge.shape)} couples rows of "
         "the first axis. Per-sample quantities need a loss that is a sum (or mean) over samples, and outputs whose "

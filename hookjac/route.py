@@ -54,6 +54,7 @@ class Route:
         self.calls: dict[Key, Call] = {}
         self.outs: dict[Key, list[Edge]] = {}
         self.after: dict[Key, list[Edge | None]] = {}
+        self._keys: dict[Edge, Key] = {}
         self._with_data: dict[Key, bool] = {}
         self.starts = [self.resolve(edge) for edge in starts]
         self.order: list[Key] = ordered(
@@ -119,15 +120,19 @@ class Route:
 
     def key(self, edge: Edge) -> Key:
         """The station that a resolved edge arrives at."""
-        mark = self.mark(edge)
+        key = self._keys.get(edge)
+        if key is None:
+            key = self._keys[edge] = self._find(edge)
+        return key
+
+    def _find(self, edge: Edge) -> Key:
+        mark = self.tape.mark(edge)
+        note = mark.note if mark is not None else None
         key: Key = edge.node
-        if mark and mark.call and mark.call.intact and edge not in self.rejected:
+        if note is not None and note.intact and edge not in self.rejected:
             key = edge
-            if key not in self.calls:
-                self.calls[key] = _at(mark.call, edge)
-        outs = self.outs.setdefault(key, [])
-        if edge not in outs:
-            outs.append(edge)
+            self.calls[key] = note.call(edge)
+        self.outs.setdefault(key, []).append(edge)
         return key
 
     def _explore(self, key: Key) -> list[Edge | None]:
@@ -217,11 +222,6 @@ class Route:
                 continue
             for group, part in zip(groups, t.split([g.size for g in groups]), strict=True):
                 accumulate(outgoing.setdefault(below, {}), group, part)
-
-
-def _at(call: Call, edge: Edge) -> Call:
-    """The call with its place in the graph. A copy: the note itself must not point back at its node."""
-    return Call(**{**vars(call), "edge": edge})
 
 
 def _nothing(edge: Edge, size: int) -> Tensor:

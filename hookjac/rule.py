@@ -33,16 +33,7 @@ class Call:
     params: dict[str, nn.Parameter]
     values: dict[str, Tensor]  # the parameters' data as the forward saw it
     options: Any = None  # the module's attributes as they were then: a slope may be annealed between calls
-    versions: tuple[int, ...] = ()
-    edge: Edge | None = None  # of the output; set when the walk finds it, so that no reference cycle arises
-
-    def version(self) -> tuple[int, ...]:
-        return (self.x._version, *(t._version for t in self.values.values()))
-
-    @property
-    def intact(self) -> bool:
-        """False once the input or a weight was modified in place: then only autograd knows whether that matters."""
-        return self.version() == self.versions
+    edge: Edge | None = None  # of the output
 
     def drawn(self) -> Tensor:
         """The slope of a layer that acts entry by entry, read from the graph: a random mask as it was drawn."""
@@ -219,17 +210,21 @@ def lookup(module: nn.Module) -> Rule | None:
     Not claimed: a subclass or an instance with a `forward` of its own, a parameter that is not a plain one (weight
     norm, pruning, a functional call with other tensors), a parameter that the rule does not know.
     """
-    for base in type(module).__mro__:
+    cls = type(module)
+    for base in cls.__mro__:
         rule = _RULES.get(base)
         if rule is not None:
             break
     else:
         return None
-    same = _forward_of(type(module)) is _forward_of(base) and "forward" not in vars(module)
+    if _forward_of(cls) is not _forward_of(base) or "forward" in module.__dict__:
+        return None
     own = module._parameters
-    plain = all(
-        p is None or (type(p) in (nn.Parameter, Tensor) and p.is_leaf and getattr(module, key, None) is p)
-        for key, p in own.items()
-    )
-    known = set(own) == set(rule.params)
-    return rule if same and plain and known and rule.claims(module) else None
+    if len(own) != len(rule.params):
+        return None
+    for key, p in own.items():
+        if key not in rule.params or key in module.__dict__ or hasattr(cls, key):
+            return None
+        if p is not None and not (type(p) in (nn.Parameter, Tensor) and p.is_leaf):
+            return None
+    return rule if rule.claims(module) else None

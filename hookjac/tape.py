@@ -21,18 +21,57 @@ from torch.nn.modules import module as hooks
 from hookjac.checkpoints import is_hidden
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of
-from hookjac.rule import Call, lookup
+from hookjac.rule import Call, Rule, lookup
 
 Select = str | int | Callable[[Any], Tensor] | None
 
 
-@dataclasses.dataclass
-class Mark:
-    """What is known of one tensor of the graph. `call`: a rule's layer made it; `output`: the model returned it."""
+class Note:
+    """What a layer was called with, as the forward hook found it. Cheap: most of it waits for the walk."""
 
-    call: Call | None = None
-    output: str | None = None  # how the user reaches it, e.g. "output['logits']"
-    selected: bool = False
+    __slots__ = ("module", "name", "options", "params", "rule", "source", "values", "versions", "x")
+
+    def __init__(self, module: nn.Module, name: str, rule: Rule, x: Tensor) -> None:
+        self.module, self.name, self.rule = module, name, rule
+        self.x = x.detach()  # x itself may become what is made of it, in place: a cycle
+        self.source = edge_of(x) if x.requires_grad else None
+        self.params = {key: p for key, p in module._parameters.items() if p is not None}
+        self.values = {key: p.detach() for key, p in self.params.items()}
+        self.versions = self._version()
+        self.options = dict(vars(module))  # as they are now: a slope may be annealed between calls
+
+    def _version(self) -> tuple[int, ...]:
+        return (self.x._version, *[t._version for t in self.values.values()])
+
+    @property
+    def intact(self) -> bool:
+        """False once the input or a weight was modified in place: then only autograd knows whether that matters."""
+        return self._version() == self.versions
+
+    def call(self, edge: Edge) -> Call:
+        """For the rule, once the walk has found the layer's place in the graph."""
+        return Call(
+            module=self.module,
+            name=self.name,
+            rule=self.rule,
+            x=self.x,
+            source=self.source,
+            params={key: p for key, p in self.params.items() if p.requires_grad},
+            values=self.values,
+            options=SimpleNamespace(**self.options),
+            edge=edge,
+        )
+
+
+class Mark:
+    """What is known of one tensor of the graph. `note`: a rule's layer made it; `output`: the model returned it."""
+
+    __slots__ = ("note", "output", "selected")
+
+    def __init__(self) -> None:
+        self.note: Note | None = None
+        self.output: str | None = None  # how the user reaches it, e.g. "output['logits']"
+        self.selected = False
 
 
 def leaves(found: Any, path: str = "output", within: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -56,6 +95,8 @@ def leaves(found: Any, path: str = "output", within: tuple[int, ...] = ()) -> It
 
 def select(output: Any, how: Select) -> Tensor:
     """The differentiated tensor of a model's output."""
+    if how is None and isinstance(output, Tensor) and output.requires_grad:
+        return output
     names = [name for name, _ in leaves(output)]
     if how is None:
         able = [(name, t) for name, t in leaves(output) if t.requires_grad]
@@ -136,7 +177,10 @@ class Tape:
         assert tensor.grad_fn is not None
         metadata: Any = tensor.grad_fn.metadata
         marks: dict[int, Mark] = metadata.setdefault(self, {})
-        return marks.setdefault(tensor.output_nr, Mark())
+        nr = tensor.output_nr
+        if nr not in marks:
+            marks[nr] = Mark()
+        return marks[nr]
 
     def carry(self, edge: Edge, tensor: Tensor) -> None:
         """Say of `tensor` that it is the same output of the model as the one at `edge`."""
@@ -183,34 +227,23 @@ class Tape:
             self._root(args, kwargs, output)
 
     def _layer(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        if len(args) + len(kwargs) != 1:
+            return
+        (x,) = args or kwargs.values()
+        # autocast: the node computes in another precision than the rule would; complex: rules are for real numbers
+        if not isinstance(x, Tensor) or x.dtype != output.dtype or x.is_complex():
+            return
         rule = lookup(module)
+        if rule is None or torch.is_autocast_enabled(x.device.type):
+            return
         if next(iter(hooks._global_forward_hooks.values())).__name__ != "_after":
             return  # a global hook of somebody else ran before us: this may not be what the layer made
-        inputs = [*args, *kwargs.values()]
-        if rule is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            return
-        x = inputs[0]
-        # autocast: the node computes in another precision than the rule would; complex: rules are for real numbers
-        if x.dtype != output.dtype or x.is_complex() or torch.is_autocast_enabled(x.device.type):
-            return
-        source = edge_of(x) if x.requires_grad else None
         mark = self._note(output)
-        if mark.call is not None or source == Edge(output.grad_fn, output.output_nr):
+        if mark.note is not None or (x.grad_fn is output.grad_fn and x.output_nr == output.output_nr):
             return  # the layer handed its input on; whoever made the tensor is noted already
-        if is_hidden(output.grad_fn):
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) and is_hidden(output.grad_fn):
             return  # a note would keep alive the input that a checkpoint means to throw away
-        own = {key: p for key, p in module._parameters.items() if p is not None}
-        mark.call = Call(
-            module=module,
-            name=name,
-            rule=rule,
-            x=x.detach(),
-            source=source,
-            params={key: p for key, p in own.items() if p.requires_grad},
-            values={key: p.detach() for key, p in own.items()},
-            options=SimpleNamespace(**vars(module)),
-        )
-        mark.call.versions = mark.call.version()
+        mark.note = Note(module, name, rule, x)
 
     def _root(self, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self.calls += 1
@@ -228,7 +261,7 @@ class Tape:
                 "the model's selected output is a single number, expected a first axis that counts the samples. "
                 "If the model returns its loss, select what the loss is computed from: extend(model, output=...)."
             )
-        inputs = [(path, t) for path, t in leaves((args, kwargs)) if t.dim() > 0]
+        inputs = [(path, t) for path, t in leaves((*args, *kwargs.values())) if t.dim() > 0]
         indexed = any(not t.is_floating_point() for _, t in inputs)  # which node belongs to which graph, say
         self.given = [ref for ref in self.given if ref() is not None] + [weakref.ref(t) for _, t in inputs]
         N = chosen.shape[0]
@@ -244,7 +277,7 @@ class Tape:
                 "the selected output does not require grad: it was computed under torch.no_grad(), detached, or no "
                 "trainable parameter takes part in it."
             )
-        for path, tensor in leaves(output):
+        for path, tensor in [("output", chosen)] if output is chosen else leaves(output):
             if tensor.grad_fn is not None and tensor.dim() > 0 and tensor.is_floating_point():
                 mark = self._note(tensor)
                 mark.output = path
