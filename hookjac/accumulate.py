@@ -71,6 +71,7 @@ class Accumulated(Mapping[str, dict[str, Any]]):
                     tensors[place], notes[place] = value, {}
                 else:
                     raise HookjacError(f"{q} of {name!r} is a {type(value).__name__}; only tensors can be saved")
+        _demand_place(Path(path))
         _write(Path(path), tensors, {"results": notes, "samples": self.samples, "batches": self.batches})
 
 
@@ -115,17 +116,24 @@ def accumulate(
     reduction: how the loss reduces a batch, and how the data set's loss is then made: "mean" over samples (a batch of
         n samples counts n times), or "sum". A mean over anything else (weighted, over tokens) is right only for batches
         that have equally much of it.
-    quantities: those whose batches add up: grad_sq_sum, grad_var, ggn_diag, ggn_diag_mc, hess_diag, ggn_block,
-        hess_block, kfac, and your own with `adds=hookjac.Adds()`.
+        Under "sum" a penalty, which belongs to no sample, is refused.
+    quantities: those whose batches add up: grad_sq_sum, grad_var, ggn_diag, ggn_diag_mc, hess_diag, hutchinson,
+        hesscale, ggn_block, hess_block, kfac (not KFRA or EKFAC), and your own with `adds=hookjac.Adds()`.
     output: as for `extend`.
     checkpoint: a file (needs safetensors) where the sums so far and the random state are kept, written every `every`
-        batches, always whole. If it is there, the run goes on from it: batches already seen are drawn and skipped, and
-        the result is equal to the last bit, provided that the loader gives the same batches (a shuffling DataLoader
-        does: its random state is kept, too; one that draws random augmentations does not, and is refused). A file of
-        another model, other weights or other quantities is refused.
+        batches and at the end, always whole. If it is there, the run goes on from it: batches already seen are drawn
+        and skipped, and the result is equal to the last bit, provided that the loader gives the same batches (a
+        shuffling DataLoader does: its random state is kept, too; one that draws random augmentations does not, and is
+        refused). A file of another model, other weights or other quantities is refused.
 
     Units: as each quantity has them. Cost: for each batch what `extend` costs. A bar shows where it takes long (tqdm).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accumulate expects a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"accumulate expects a loader of batches after the loss, got {type(loader).__name__}")
+    if not quantities:
+        raise ValueError("accumulate needs the names of quantities whose batches add up, such as 'ggn_diag' or 'kfac'")
     asked = parse(quantities)
     for q in asked:
         _demand_adds(q)
@@ -138,6 +146,14 @@ def accumulate(
     own = getattr(loss_fn, "reduction", reduction)
     if own != reduction:
         raise ValueError(f"loss_fn has reduction={own!r}, but accumulate was told reduction={reduction!r}")
+    weighted = getattr(loss_fn, "weight", None) is not None or getattr(loss_fn, "ignore_index", -100) >= 0
+    if reduction == "mean" and weighted and isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        raise ValueError(
+            "the mean of a loss with class weights or ignore_index is not over samples, so that batches do not add up. "
+            "Use reduction='sum' (in the loss, too), and divide by the total weight."
+        )
+    if checkpoint is not None:
+        _demand_place(Path(checkpoint))
     return _Run(model, loss_fn, loader, asked, reduction, output, step).run(
         None if checkpoint is None else Path(checkpoint), every
     )
@@ -147,7 +163,7 @@ def _demand_adds(q: Quantity) -> None:
     if q.adds is None:
         raise ValueError(
             f"results of batches of {q.name!r} do not add up to that of a data set (they belong to single samples, or "
-            "to a basis of their own). Use extend for each batch."
+            "to a basis of their own, or are averages of averages). Use extend for each batch."
         )
     if q.subsample is not None:
         raise ValueError(f"{q.name}: subsample= picks samples of a batch; give accumulate a loader of those you want")
@@ -223,7 +239,7 @@ class _Run:
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
         measuring = [replace(q, reduce=_measure(q)) for q in self.asked]
         before = {name: {q.name: vars(p).pop(q.name, None) for q in self.asked} for name, p in self.params.items()}
-        found: dict[str, dict[str, tuple[int, Any]]] = {}
+        found: dict[str, dict[str, tuple[int, bool, Any]]] = {}
         try:
             with extend(self.model, *measuring, output=self.output):
                 loss = self._loss(batch)
@@ -238,7 +254,14 @@ class _Run:
         n = next(iter(found.values()))[self.asked[0].name][0]
         for name, measured in found.items():
             for q in self.asked:
-                sums.add(q, name, measured[q.name][1], n if self.reduction == "mean" else 1)
+                _, penalised, value = measured[q.name]
+                if penalised and self.reduction == "sum":
+                    raise HookjacError(
+                        f"the loss has a part that passes through no sample (a penalty on {name!r}), which a sum over "
+                        "batches would count once for each. Leave it out of the step and add its own curvature "
+                        "afterwards, or use reduction='mean'."
+                    )
+                sums.add(q, name, value, n if self.reduction == "mean" else 1)
         sums.samples += n
         sums.batches += 1
 
@@ -340,10 +363,16 @@ def _powers(adds: Adds, parts: list[Tensor]) -> list[int]:
     return list(adds.powers) * (len(parts) // len(adds.powers))
 
 
-def _measure(q: Quantity) -> Callable[[Received], tuple[int, Any]]:
+def _demand_place(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise HookjacError(f"{path} {what}; give the path of a file that can be written")
+
+
+def _measure(q: Quantity) -> Callable[[Received], tuple[int, bool, Any]]:
     assert isinstance(q.adds, Adds)
     measure = q.adds.measure or q.reduce
-    return lambda got: (got.N, measure(got))
+    return lambda got: (got.N, got.direct is not None, measure(got))
 
 
 def _demand_same(wanted: str, found: str, path: Path | None) -> None:
@@ -396,6 +425,12 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is no whole safetensors file ({error}). Was it written by something else?"
         ) from error
     about = json.loads(meta.get("about", "{}")) if meta.get("format") == _FORMAT else {}
+    if kind == "results" and "sums" in about:
+        raise HookjacError(
+            f"{path} is a checkpoint of accumulate, not a result; pass it as checkpoint=, or save() one."
+        )
+    if kind == "sums" and "results" in about:
+        raise HookjacError(f"{path} is a saved result, not a checkpoint; give checkpoint= another path.")
     if kind not in about:
         raise HookjacError(f"{path} was not written by hookjac, or holds no {kind}.")
     return tensors, about

@@ -57,6 +57,8 @@ class extend:
                 "extend got an nn.DataParallel, which runs copies of the model: results would land on the copies. "
                 "Extend the wrapped module on one device, or use DistributedDataParallel."
             )
+        if not isinstance(create_graph, bool):
+            raise TypeError(f"create_graph must be True or False, got {create_graph!r}")
         self.model = model
         self.quantities = parse(quantities)
         self._output = output

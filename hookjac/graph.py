@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hookjac.mended import formula
 from hookjac.samples import tolerance
 
 Node = Any  # autograd nodes have no public common type: C++ nodes and Python Functions differ
@@ -122,6 +123,8 @@ def fit(grad: Tensor, edge: Edge, lead: int) -> Tensor:
 
 def _apply(node: Node, grads: Sequence[Tensor]) -> list[Tensor | None]:
     """One call of a node: an entry for each of `next_functions`."""
+    if torch.is_grad_enabled() and (own := formula(node)) is not None:
+        return own(grads)
     if callable(node):
         out = node(*grads)
         # an embedding may answer with a sparse gradient

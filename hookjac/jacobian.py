@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hookjac import handover
 from hookjac.factor import Dense, Factor, Lookup, Outer, add_gram, each_gram
-from hookjac.kronecker import Kronecker, KroneckerSum
+from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
 from hookjac.structured import JacTensor
 
 Which = Literal["full", "outputs", "trace"]
@@ -34,6 +34,9 @@ class Jacobian:
         self._dtype, self._device = first.dtype, first.device
         self._sizes = [jac.factor.param.numel() for jac in self.parts.values()]
 
+    def __repr__(self) -> str:
+        return f"Jacobian({self.N} samples of {self.C} outputs x {self.shape[1]} parameters)"
+
     @property
     def shape(self) -> tuple[int, int]:
         """(N C, P)."""
@@ -51,6 +54,8 @@ class Jacobian:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         rows = _rows(v, self.shape[1])
+        if rows.is_complex():
+            return torch.complex(self @ v.real, self @ v.imag)
         found = sum(jac.times(t) for jac, t in zip(self.parts.values(), self.split(rows), strict=True))
         assert isinstance(found, Tensor)
         return found.reshape(len(rows), -1).T.reshape(self.shape[0], *v.shape[1:])
@@ -66,6 +71,8 @@ class Jacobian:
         sum. Nothing of size N C P is built for dense layers and tables: memory is the result and tens of megabytes.
         """
         other = self if other is None else other
+        if not isinstance(other, Jacobian):
+            raise TypeError(f"gram takes the ext.jacobian of another batch, got {type(other).__name__}")
         if list(self.parts) != list(other.parts) or self.out != other.out:
             raise ValueError("gram needs two Jacobians of one model: the same parameters and the same outputs")
         if kind not in ("full", "outputs", "trace"):
@@ -90,14 +97,20 @@ class Jacobian:
             raise ValueError(f"expected a metric [{self.N}, {self.C}] or [.., {self.C}], got {tuple(metric.shape)}")
         return torch.cat([jac.intact.quad(metric).reshape(-1) for jac in self.parts.values()])
 
-    def variance(self, covariance: Tensor | Sequence[Kronecker | KroneckerSum]) -> Tensor:
+    def variance(self, covariance: Tensor | Sequence[Kronecker | KroneckerEigen | KroneckerSum]) -> Tensor:
         """[N, C, C]: J_n Σ J_nᵀ for each sample, the predictive covariance of a linearised model (Laplace).
 
-        covariance: the diagonal of Σ [P], or a `Kronecker` for each parameter in order, Σ being block-diagonal.
+        covariance: the diagonal of Σ [P], or a `Kronecker` (or `KroneckerEigen`) for each parameter in order, Σ being
+        block-diagonal.
         """
         factors = [jac.intact for jac in self.parts.values()]
         out = torch.zeros(self.N, self.C, self.C, dtype=self._dtype, device=self._device)
         if isinstance(covariance, Tensor):
+            if covariance.shape != self.shape[1:]:
+                raise ValueError(
+                    f"expected the diagonal of a covariance [{self.shape[1]}], or a Kronecker for each parameter; got "
+                    f"a tensor {list(covariance.shape)}"
+                )
             for factor, (S,) in zip(factors, self.split(_rows(covariance, self.shape[1])), strict=True):
                 out += factor.scaled_gram(S)
             return out
@@ -125,21 +138,32 @@ class Transposed:
         self.T = jacobian
         self.shape = jacobian.shape[::-1]
 
+    def __repr__(self) -> str:
+        return f"{self.T!r}.T"
+
+    def to_dense(self) -> Tensor:
+        """[P, N C]."""
+        return self.T.to_dense().T
+
     def __matmul__(self, u: Tensor) -> Tensor:
         J = self.T
         rows = _rows(u, self.shape[1])
+        if rows.is_complex():
+            return torch.complex(self @ u.real, self @ u.imag)
         given = rows.reshape(len(rows), J.N, *J.out)
         found = torch.cat([jac.back(given).reshape(len(rows), -1) for jac in J.parts.values()], 1)
         return found.T.reshape(self.shape[0], *u.shape[1:])
 
 
 def _rows(v: Tensor, size: int) -> Tensor:  # [size] or [size, K] -> [K, size]
+    if not isinstance(v, Tensor):
+        raise TypeError(f"expected a tensor [{size}] or [{size}, K], got {type(v).__name__}")
     if v.dim() not in (1, 2) or v.shape[0] != size:
         raise ValueError(f"expected a vector [{size}] or vectors [{size}, K], got {tuple(v.shape)}")
-    return v.reshape(size, -1).T
+    return (v.unsqueeze(1) if v.dim() == 1 else v).T
 
 
-def _times_kronecker(factor: Factor, K: Kronecker | KroneckerSum) -> Factor:
+def _times_kronecker(factor: Factor, K: Kronecker | KroneckerEigen | KroneckerSum) -> Factor:
     """Columns times B (x) A: still of their own kind where the sides fit together."""
     if isinstance(K, Kronecker) and K.A is not None:
         if isinstance(factor, Outer) and K.swapped == factor.swapped and K._b.shape[0] == factor.g.shape[2]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,12 @@ from torch import Tensor
 from hookjac.errors import HookjacError
 
 
-@dataclass(frozen=True, eq=False)
+def _demand_damping(damping: float) -> None:
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be a number that is not negative, got {damping!r}")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Kronecker:
     """`p.kfac`: the curvature of one parameter as B (x) A.
 
@@ -26,7 +32,7 @@ class Kronecker:
     [i, o] in memory order, so that the matrix is A (x) B. rows: how many inputs A is the mean of.
 
     `to_dense()`, `K @ v` for v [*p] or [k, *p], `trace()`, `logdet(damping)`, `inverse(damping)`, `solve(v, damping)`,
-    `eigen()`; sums and multiples, as moving averages of the factors need them, through `lerp`.
+    `eigen()`; `lerp(other, weight)`, what a moving average of the factors needs; `to(device or dtype)`.
     """
 
     A: Tensor | None
@@ -64,6 +70,10 @@ class Kronecker:
     def _close(self, t: Tensor, v: Tensor) -> Tensor:
         return (t.transpose(2, 3) if self.swapped else t).reshape(v.shape)
 
+    def __repr__(self) -> str:
+        sides = [None if t is None else list(t.shape) for t in (self.A, self.B)]
+        return f"Kronecker(A={sides[0]}, B={sides[1]}, shape={list(self.shape)}, swapped={self.swapped})"
+
     def to_dense(self) -> Tensor:
         """[P, P], in the parameter's row-major order."""
         pairs = zip(self._a.contiguous(), self._b.contiguous(), strict=True)
@@ -74,8 +84,15 @@ class Kronecker:
         traces = [t.diagonal(dim1=1, dim2=2).sum(1) for t in (self._a, self._b)]
         return (traces[0] * traces[1]).sum()
 
+    def to(self, *args: Any, **kwargs: Any) -> Kronecker:
+        """The factors in another precision or on another device, as `Tensor.to`."""
+        A = None if self.A is None else self.A.to(*args, **kwargs)
+        return replace(self, A=A, B=self.B.to(*args, **kwargs))
+
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
         """Factor by factor: self + weight (other - self), what a moving average does with every new batch."""
+        if (self.shape, self.swapped, self.A is None) != (other.shape, other.swapped, other.A is None):
+            raise ValueError(f"lerp of Kronecker products of different forms: {self} and {other}")
         A = None if self.A is None or other.A is None else torch.lerp(self.A, other.A, weight)
         return replace(self, A=A, B=torch.lerp(self.B, other.B, weight))
 
@@ -100,15 +117,27 @@ class Kronecker:
 
     def inverse(self, damping: float = 0.0, *, pi: bool = True) -> Kronecker:
         """The inverse of `damped(damping)`, again a Kronecker product; by Cholesky. Error where that is singular."""
+        _demand_damping(damping)
         damped = self.damped(damping, pi=pi) if damping else self
 
         def inverted(t: Tensor) -> Tensor:
-            return 1 / t if t.dim() == 1 else torch.cholesky_inverse(torch.linalg.cholesky(t))
+            if t.dim() == 1:
+                positive, found = bool((t > 0).all()), 1 / t
+            else:
+                factor, info = torch.linalg.cholesky_ex(t)
+                positive = not bool(info.any())
+                found = torch.cholesky_inverse(factor) if positive else t
+            if not positive:
+                raise HookjacError(
+                    f"a factor of {self} is not positive definite (singular, or of a loss that is not convex), so that "
+                    f"it has no inverse. Give a larger damping than {damping}."
+                )
+            return found
 
         return replace(damped, A=None if damped.A is None else inverted(damped.A), B=inverted(damped.B))
 
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
-        """(B (x) A + damping)⁻¹ v, exactly damped: by eigenvectors. v [*p] or [k, *p]."""
+        """(B (x) A + damping)⁻¹ v, exactly damped: by eigenvectors. v [*p] or [k, *p]. Error where that is singular."""
         return self.eigen().solve(v, damping)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
@@ -138,6 +167,11 @@ class KroneckerEigen:
     values: Tensor
     source: Kronecker
 
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's."""
+        return self.source.shape
+
     def rotate(self, t: Tensor, *, back: bool = False) -> Tensor:  # [k, b, o, i] -> same
         """Qᵀ t; Q t with `back`."""
         t = torch.einsum("bop,kbpi->kboi" if back else "bpo,kbpi->kboi", self.Q_B, t)
@@ -153,12 +187,24 @@ class KroneckerEigen:
         return self._apply(v, self.values)
 
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
-        """(Q diag(values) Qᵀ + damping)⁻¹ v. v [*p] or [k, *p]."""
-        return self._apply(v, 1 / (self.values + damping))
+        """(Q diag(values) Qᵀ + damping)⁻¹ v. v [*p] or [k, *p]. Error where that is singular."""
+        _demand_damping(damping)
+        raised = self.values + damping
+        if bool((raised == 0).any()):
+            raise HookjacError(f"{self.source} has eigenvalues of zero. Give a larger damping than {damping}.")
+        return self._apply(v, 1 / raised)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """The logarithm of the determinant, with damping added to every eigenvalue."""
-        return (self.values + damping).log().sum()
+        """The logarithm of the determinant, with damping added to every eigenvalue; -inf where it is singular."""
+        _demand_damping(damping)
+        raised = self.values + damping
+        low, top = raised.min(), raised.abs().max()
+        if bool(low < -1e3 * torch.finfo(raised.dtype).eps * top):
+            raise HookjacError(
+                f"{self.source} has a negative eigenvalue ({low:.1e}, of a loss that is not convex): its "
+                f"determinant has no logarithm. Give a larger damping than {damping}."
+            )
+        return raised.clamp(min=0).log().sum()
 
     def trace(self) -> Tensor:
         """The sum of the eigenvalues."""

@@ -46,7 +46,7 @@ class Curvature:
         """The loss's slope in the outputs, and the transposed Jacobian as a function of cotangents."""
         self._outputs = outputs
         with fenced(outputs):
-            self._slopes = gradients([plan.top.loss], outputs, [None], create_graph=True)
+            self._slopes = gradients([plan.top.loss], outputs, [None], create_graph=True) if outputs else []
         found = [meta(e) for e in outputs]
         self._at = [torch.zeros(s, dtype=d, device=v, requires_grad=True) for s, d, v in found]
         params = list(self._params.values())
@@ -61,32 +61,30 @@ class Curvature:
         P = sum(self._sizes.values())
         return P, P
 
+    def __repr__(self) -> str:
+        return f"Curvature({self.kind}, {self.shape[0]} parameters)"
+
     def __matmul__(self, v: Tensor) -> Tensor:
         P = self.shape[0]
+        if not isinstance(v, Tensor):
+            raise TypeError(f"expected a tensor [{P}] or [{P}, K], got {type(v).__name__}")
         if v.dim() not in (1, 2) or v.shape[0] != P:
             raise ValueError(f"expected a vector [{P}] or vectors [{P}, K], got {tuple(v.shape)}")
-        rows = v.reshape(P, -1).T  # [K, P]
+        rows = (v.unsqueeze(1) if v.dim() == 1 else v).T  # [K, P]
         parts = rows.split(list(self._sizes.values()), 1)
-        given = {p: t.reshape(-1, *meta(e)[0]) for (p, e), t in zip(self._params.items(), parts, strict=True)}
+        given = {p: t.reshape(len(rows), *meta(e)[0]) for (p, e), t in zip(self._params.items(), parts, strict=True)}
         found = self.products(given)
-        return torch.cat([t.flatten(1) for t in found.values()], 1).T.reshape(v.shape)
+        return torch.cat([t.reshape(len(rows), self._sizes[p]) for p, t in found.items()], 1).T.reshape(v.shape)
 
-    def block(self, p: int) -> Callable[[Tensor], Tensor]:
+    def block(self, p: int) -> Block:
         """Products with the block of one parameter: [K, *p] -> [K, *p], or [*p] -> [*p]."""
-        shape = meta(self._params[p])[0]
-
-        def product(v: Tensor) -> Tensor:
-            if v.shape[v.dim() - len(shape) :] != shape or v.dim() - len(shape) not in (0, 1):
-                raise ValueError(
-                    f"expected vectors of shape [*p] or [K, *p] with p = {tuple(shape)}, got {tuple(v.shape)}"
-                )
-            return self.products({p: v.reshape(-1, *shape)})[p].reshape(v.shape)
-
-        return product
+        return Block(self, p, self._names[p], meta(self._params[p])[0])
 
     def products(self, vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """[K, *p] for the ids of some parameters -> the same, of the block that they span."""
         params = {p: self._params[p] for p in vectors}
+        if not next(iter(vectors.values())).shape[0]:
+            return {p: torch.zeros_like(v) for p, v in vectors.items()}
         with torch.inference_mode(False), torch.enable_grad(), self._quiet():
             try:
                 if self.kind == "hessian":
@@ -145,3 +143,40 @@ class Curvature:
     @property
     def _like(self) -> tuple[torch.dtype, torch.device]:
         return meta(next(iter(self._params.values())))[1:]
+
+
+class Block:
+    """`p.hess_mp`, `p.ggn_mp`: products with one parameter's block, [K, *p] -> [K, *p] or [*p] -> [*p]."""
+
+    def __init__(self, curvature: Curvature, p: int, name: str, shape: torch.Size) -> None:
+        self._curvature, self._p, self.name, self.shape = curvature, p, name, shape
+
+    def __call__(self, v: Tensor) -> Tensor:
+        shape = self.shape
+        if not isinstance(v, Tensor) or v.shape[v.dim() - len(shape) :] != shape or v.dim() - len(shape) not in (0, 1):
+            found = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(f"expected vectors of shape [*p] or [K, *p] with p = {tuple(shape)}, got {found}")
+        rows = v.reshape(-1 if v.numel() else v.shape[0], *shape)
+        return self._curvature.products({self._p: rows})[self._p].reshape(v.shape)
+
+    def __repr__(self) -> str:
+        return f"products with the {self._curvature.kind} block of {self.name!r} {tuple(self.shape)}"
+
+    def __deepcopy__(self, memo: Any) -> Block:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Gone, (repr(self),)  # a graph cannot be saved; the model that it hangs on can
+
+
+class Gone:
+    """What is left of products after pickling."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(self, v: Tensor) -> Tensor:
+        raise HookjacError(f"{self.what} needed the graph of their backward, which was not saved. Run it again.")
+
+    def __reduce__(self) -> Any:
+        return Gone, (self.what,)

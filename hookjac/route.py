@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hookjac.checkpoints import Recomputed, is_reentrant, reopen
 from hookjac.graph import Edge, Node, attributes, children, differentiable_once, edge_of, meta, ordered, pull
+from hookjac.mended import mend
 from hookjac.rule import Call
 from hookjac.samples import tolerance
 from hookjac.tape import Mark, Tape
@@ -138,6 +139,8 @@ class Route:
     def _explore(self, key: Key) -> list[Edge | None]:
         if key not in self.after:
             call = self.calls.get(key)
+            if call is None:
+                mend(key)
             found: list[Edge | None] = children(key) if call is None else [call.source]
             self.after[key] = [None if edge is None else self.resolve(edge) for edge in found]
         return self.after[key]

@@ -6,6 +6,7 @@ N samples · C entries of one sample's output · p the parameter's shape.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ class JacTensor(Tensor):
 
     These never build it: `gram`, `norms`, `sq_sum`, `times` and `back`; the `torch.einsum` and `torch.tensordot`
     forms of those; picking samples, or outputs when there is one axis of them; `to` and `detach`, `clone`, `deepcopy`.
-    All other operations build the dense tensor and work on that; `to_dense()` does so on purpose (torch.func.grad and
-    jvp need it). It cannot be written to. It holds layer inputs by reference: if one was modified in place since,
+    All other operations build the dense tensor and work on that copy; `to_dense()` does so on purpose (torch.func.grad
+    and jvp need it). It cannot be written to. It holds layer inputs by reference: if one was modified in place since,
     reading raises.
     """
 
@@ -82,7 +83,10 @@ class JacTensor(Tensor):
 
     def times(self, v: Tensor) -> Tensor:
         """J v: [*p] -> [N, *out], or [K, *p] -> [K, N, *out]."""
-        factor, many = self.intact, v.dim() > len(self.factor.param)
+        factor = self.intact
+        many = _many(v, factor.param, "p")
+        if v.is_complex():
+            return torch.complex(self.times(v.real), self.times(v.imag))
         rows = v.reshape(-1, *factor.param).to(factor.tensors[0].dtype)
         found = factor.times(rows).transpose(1, 2)  # [K, N, V]
         found = found.reshape(len(rows), factor.N, *self.out).to(self.dtype)
@@ -90,7 +94,10 @@ class JacTensor(Tensor):
 
     def back(self, u: Tensor) -> Tensor:
         """Jᵀ u: [N, *out] -> [*p], or [K, N, *out] -> [K, *p]."""
-        factor, many = self.intact, u.dim() > 1 + len(self.out)
+        factor = self.intact
+        many = _many(u, torch.Size([factor.N, *self.out]), "[N, *out]")
+        if u.is_complex():
+            return torch.complex(self.back(u.real), self.back(u.imag))
         rows = u.reshape(-1, factor.N, factor.V).transpose(1, 2).to(factor.tensors[0].dtype)
         found = factor.back(rows).to(self.dtype)
         return found if many else found[0]
@@ -123,20 +130,43 @@ class JacTensor(Tensor):
             found = _STRUCTURED[name](*args, **kwargs)
             if found is not NotImplemented:
                 return found
-        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-        if (writes and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
-            raise HookjacError(f"p.jac is made of factors and cannot be written to ({name}). Take p.jac.to_dense().")
+        writes = name in _WRITING or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace")
+        if (writes and args and _has_one(args[0])) or _has_one(kwargs.get("out")):
+            raise _written_to(name)
         args, kwargs = pytree.tree_map_only(cls, cls.to_dense, (args, kwargs))
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if name == "numpy":
+            found.flags.writeable = False  # what is written there would reach nothing
+        return found
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
-            return args[0]._like(args[0].factor)
+            return args[0]._like(args[0].intact)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and _has_one(value):
+                raise _written_to(func.__name__)
         args, kwargs = pytree.tree_map_only(cls, cls.to_dense, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _has_one(value: Any) -> bool:
+    return any(isinstance(t, JacTensor) for t in (value if isinstance(value, (list, tuple)) else (value,)))
+
+
+def _written_to(name: str) -> HookjacError:
+    return HookjacError(f"p.jac is made of factors and cannot be written to ({name}). Take p.jac.to_dense().")
+
+
+def _many(v: Tensor, one: torch.Size, what: str) -> bool:
+    """Is it several vectors? Other shapes are refused: a transposed vector has as many entries, and is wrong."""
+    if not isinstance(v, Tensor):
+        raise TypeError(f"expected a tensor, got {type(v).__name__}")
+    if v.shape == one or (v.dim() == len(one) + 1 and v.shape[1:] == one):
+        return v.dim() > len(one)
+    raise ValueError(f"expected a tensor of shape {what} = {list(one)}, or [K, ...] of those, got {list(v.shape)}")
 
 
 def _versions(factor: Factor) -> tuple[int, ...]:
@@ -148,7 +178,8 @@ _REQUIRES_GRAD: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _ABOUT = {"dim", "size", "numel", "nelement", "ndimension", "element_size", "is_floating_point", "is_complex", "stride",
           "get_device", "__len__", "__hash__", "is_inference", "is_contiguous", "is_same_size", "storage_offset",
           "__repr__", "__reduce_ex__", "__deepcopy__"}  # fmt: skip
-_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imod__", "__ifloordiv__", "__idiv__"}
+_WRITING = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imod__",
+            "__ifloordiv__", "__idiv__"}  # fmt: skip
 
 
 # Operations with a structured form: each may decline -----------------------------------------------------------
@@ -158,13 +189,16 @@ def _getitem(jac: JacTensor, index: Any) -> Any:
     """Samples, and outputs where they have one axis, are picked before anything is built."""
     if not isinstance(jac, JacTensor):
         return NotImplemented
-    items = index if isinstance(index, tuple) else (index,)
-    if any(item is None or item is Ellipsis or isinstance(item, (list, bool)) for item in items):
-        return NotImplemented
-    if any(isinstance(item, Tensor) and (item.dim() != 1 or item.dtype == torch.bool) for item in items):
+    given = index if isinstance(index, tuple) else (index,)
+    # numpy's integers are integers, too
+    items = tuple(int(item) if isinstance(item, Integral) and not isinstance(item, bool) else item for item in given)
+    if not items:
         return NotImplemented
     first, rest = items[0], items[1:]
-    if any(isinstance(item, Tensor) for item in rest):
+    several = isinstance(first, Tensor) and first.dim() == 1 and first.dtype in (torch.int64, torch.int32)
+    if isinstance(first, bool) or not (several or isinstance(first, (int, slice))):
+        return NotImplemented
+    if any(isinstance(item, bool) or not isinstance(item, (int, slice)) for item in rest):
         return NotImplemented
     factor = jac.intact
     if isinstance(first, int):
@@ -192,7 +226,9 @@ def _positive(index: Any, size: int) -> Any:
         if step < 0:
             raise ValueError("step must be greater than zero")
         return slice(start, max(start, stop), step)
-    return index % size if isinstance(index, Tensor) else index
+    if bool(((index < -size) | (index >= size)).any()):
+        raise IndexError(f"an index out of bounds for {size} samples: {index.tolist()}")
+    return index % size
 
 
 def _einsum(equation: Any, *operands: Any) -> Any:
@@ -207,6 +243,9 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     pairs = list(zip(labels, operands, strict=True))
     if any(len(term) != t.dim() for term, t in pairs):
         return NotImplemented
+    sizes = {c: n for term, t in pairs for c, n in zip(term, t.shape, strict=True)}
+    if any(sizes[c] != n for term, t in pairs for c, n in zip(term, t.shape, strict=True)):
+        return NotImplemented  # broadcast, or an error, as torch has it
     if not isinstance(operands[0], JacTensor):
         pairs.reverse()
     (mine, jac), (its, other) = pairs
@@ -234,24 +273,26 @@ def _tensordot(a: Any, b: Any, dims: Any = 2, out: Any = None) -> Any:
     if out is not None or not isinstance(dims, int):
         return NotImplemented
     if isinstance(a, JacTensor) and not isinstance(b, JacTensor):
-        return a.times(b) if dims == b.dim() == len(a.factor.param) else NotImplemented
+        return a.times(b) if dims == b.dim() and b.shape == a.factor.param else NotImplemented
     if isinstance(b, JacTensor) and not isinstance(a, JacTensor):
-        return b.back(a) if dims == a.dim() == 1 + len(b.out) else NotImplemented
+        return b.back(a) if dims == a.dim() and a.shape == b.shape[:dims] == (len(b), *b.out) else NotImplemented
     return NotImplemented
 
 
 def _matmul(a: Any, b: Any, **out: Any) -> Any:
     if out or not isinstance(a, JacTensor) or isinstance(b, JacTensor) or len(a.factor.param) != 1:
         return NotImplemented
-    if b.dim() == 1:
-        return a.times(b)
-    return a.times(b.T).movedim(0, -1) if b.dim() == 2 else NotImplemented
+    if b.dim() not in (1, 2) or b.shape[0] != a.shape[-1]:
+        return NotImplemented
+    return a.times(b) if b.dim() == 1 else a.times(b.T).movedim(0, -1)
 
 
 def _to(jac: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(jac, JacTensor):
         return NotImplemented
     like = torch.empty(0, dtype=jac.dtype, device=jac.device).to(*args, **kwargs)
+    if torch.promote_types(jac.dtype, like.dtype) != like.dtype or like.is_complex():
+        return jac.to_dense().to(like)  # a narrower type may hold the product, and not the factors
     moved = _moved(jac.intact, like)
     return JacTensor(moved, jac.out, like.dtype)
 

@@ -7,8 +7,10 @@ N samples · C entries of one sample's output.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,27 @@ def hessian_diagonal(loss: Tensor, p: Tensor) -> Tensor:  # [*p]
     return torch.stack(entries).reshape(p.shape) if entries else torch.zeros_like(p)
 
 
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, PyTorch runs functions that it differentiates twice, and rightly: attention by its definition, and weight
+    norm, whose fused kernel has a wrong second derivative on torch 2.13."""
+
+    def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        axes = list(range(v.dim())) if dim == -1 else [k for k in range(v.dim()) if k != dim]
+        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
+
+    places: list[Any] = [torch, importlib.import_module("torch.nn.utils.weight_norm")]
+    own = torch._weight_norm
+    try:
+        for place in places:
+            place._weight_norm = weight_norm
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for place in places:
+            place._weight_norm = own
+
+
 def loops(
     model: nn.Module,
     run: Callable[[], Tensor],
@@ -60,7 +83,7 @@ def loops(
     hessian: False where PyTorch has no second derivative. Cost: a backward for each output entry and, for the Hessian,
     for each parameter entry.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with twice_differentiable():
         output = run()
     N, rest = output.shape[0], output.shape[1:]
     free = output.detach().requires_grad_()

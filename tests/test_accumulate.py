@@ -279,6 +279,10 @@ def test_results_are_saved_and_read_back(tmp_path: Path) -> None:
         ({"quantities": (hookjac.GGNDiag(subsample=[0]),)}, r"subsample= picks samples of a batch"),
         ({"reduction": "none"}, r"reduction must be"),
         ({"every": 0}, r"every must be a positive number"),
+        ({"quantities": (KFAC(fisher="kfra"),)}, r"averages of averages"),
+        ({"quantities": ()}, r"needs the names of quantities whose batches add up"),
+        ({"loss_fn": nn.CrossEntropyLoss(weight=torch.ones(C))}, r"class weights or ignore_index"),
+        ({"loss_fn": nn.CrossEntropyLoss(ignore_index=0)}, r"class weights or ignore_index"),
         ({"loss_fn": None}, r"either a loss_fn"),
         ({"loss_fn": nn.CrossEntropyLoss(reduction="sum")}, r"loss_fn has reduction='sum'"),
         ({"loader": []}, r"the loader gave 0 batches"),
@@ -332,5 +336,44 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         with pytest.raises(HookjacError, match="was not written by hookjac"):
             read()
     save_file({"a": torch.ones(2)}, path, metadata={"format": "hookjac 1", "about": json.dumps({"results": {}})})
-    with pytest.raises(HookjacError, match="holds no sums"):
+    with pytest.raises(HookjacError, match="is a saved result, not a checkpoint"):
         run("ggn_diag")
+
+
+def test_files_that_cannot_be_written_are_said_before_the_work(tmp_path: Path) -> None:
+    model, x, y = data("MLP")
+    seen: list[int] = []
+
+    def loader() -> Any:
+        seen.append(1)
+        yield from batches(x, y)
+
+    with pytest.raises(HookjacError, match="in a folder that does not exist"):
+        accumulate(model, F.cross_entropy, loader(), "ggn_diag", checkpoint=tmp_path / "none" / "a")
+    with pytest.raises(HookjacError, match="is a folder"):
+        accumulate(model, F.cross_entropy, loader(), "ggn_diag", checkpoint=tmp_path)
+    assert not seen
+    found = accumulate(model, F.cross_entropy, batches(x, y), "ggn_diag", checkpoint=tmp_path / "run")
+    with pytest.raises(HookjacError, match="in a folder that does not exist"):
+        found.save(tmp_path / "none" / "a")
+    with pytest.raises(HookjacError, match="is a checkpoint of accumulate, not a result"):
+        hookjac.load(tmp_path / "run")
+
+
+def test_a_penalty_would_be_counted_for_each_batch() -> None:
+    model, x, y = data("MLP")
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        penalty = sum(p.square().sum() for p in model.parameters())
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum") + penalty
+
+    with pytest.raises(HookjacError, match="which a sum over batches would count once for each"):
+        accumulate(model, None, batches(x, y), "hess_diag", reduction="sum", step=step)
+
+
+def test_arguments_in_another_order() -> None:
+    model, x, y = data("MLP")
+    with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module, got function"):
+        accumulate(F.relu, F.cross_entropy, batches(x, y), "ggn_diag")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expects a loader of batches after the loss, got function"):
+        accumulate(model, batches(x, y), F.cross_entropy, "ggn_diag")  # type: ignore[arg-type]

@@ -13,11 +13,11 @@ from cases import C, D, Fn, N, par
 from oracle import RTOL, trainable
 from test_quantities import MODELS, Model
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import hookjac
 from hookjac import HookjacError
+from hookjac.testing import twice_differentiable
 
 MORE = {
     "norms": Model(lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), nn.Flatten(), nn.LayerNorm(8),
@@ -113,7 +113,7 @@ OF_ROWS: dict[str, tuple[Callable[[Any], Tensor], Callable[[Tensor], Tensor]]] =
 @pytest.mark.parametrize("name", ALL)
 def test_functions_of_the_jacobian(name: str) -> None:
     model, x = build(name)
-    with sdpa_kernel(SDPBackend.MATH):
+    with twice_differentiable():
         out = model(x)
         plain = {k: differentiable_jacobian(out, p) for k, p in trainable(model).items()}
         wanted = {k: slopes(sum(f(j) for j in plain.values()), model, x) for k, (_, f) in OF_ROWS.items()}  # type: ignore
@@ -134,7 +134,7 @@ def test_functions_of_the_jacobian(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_functions_of_the_gradients(name: str) -> None:
     model, x = build(name)
-    with sdpa_kernel(SDPBackend.MATH):
+    with twice_differentiable():
         out = model(x)
         each = [(out[n].sin() * weights(out, 1)[n] + out[n].square()).sum() / out.numel() for n in range(N)]
         wanted = {}

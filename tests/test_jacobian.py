@@ -190,11 +190,80 @@ def test_it_cannot_be_written_to() -> None:
         lambda: jac.__imul__(2),
         lambda: jac.__setitem__(0, 1.0),
         lambda: torch.add(wanted, 1, out=jac),
+        lambda: torch._foreach_mul_([jac], 0.0),
+        lambda: torch.relu_(jac),
+        lambda: nn.functional.relu(jac, inplace=True),
+        lambda: setattr(jac, "data", wanted),
+        lambda: jac.set_(wanted),
     ]
     for write in writes:
         with pytest.raises(HookjacError, match=r"cannot be written to .* Take p\.jac\.to_dense\(\)"):
             write()
+    with pytest.raises(ValueError, match="read-only"):
+        jac.numpy().fill(0)
     close(jac, wanted, "as before")
+
+
+@every
+def test_integers_of_numpy_and_other_indices(kind: str) -> None:
+    jac, wanted = one(kind)
+    n = numpy.argmax([1, 3, 2])
+    indices: list[Any] = [n, (n, 1), (slice(None), n), (), numpy.array([2, 0]), torch.arange(4) % 2 == 0,
+                          torch.tensor([1, 0, 1, 1], dtype=torch.uint8), torch.tensor([-1, 2]), [1, 1]]  # fmt: skip
+    for index in indices:
+        close(jac[index].to_dense(), wanted[index], (kind, index))
+    for outside in (torch.tensor([N]), torch.tensor([-N - 1]), N, -N - 1, numpy.int64(N)):
+        with pytest.raises(IndexError, match=r"out of (bounds|range)"):
+            jac[outside]
+
+
+def test_vectors_of_another_shape_are_refused() -> None:
+    """A transposed vector has as many entries, and would be wrong."""
+    jac, wanted = one("dense layer")  # [N, C, 4, D]
+    bias, _ = one("bias")
+    uses: list[Callable[[Any], Any]] = [
+        lambda j: torch.einsum("ncpq,pq->nc", j, torch.ones(D, 4)),
+        lambda j: torch.einsum("ncpq,nc->pq", j, torch.ones(C, N)),
+        lambda j: torch.tensordot(j, torch.ones(D, 4), 2),
+        lambda j: torch.tensordot(torch.ones(C, N), j, 2),
+        lambda j: j.times(torch.ones(D, 4)),
+        lambda j: j.times(torch.ones(2, 2, 4, D)),
+        lambda j: j.back(torch.ones(C, N)),
+        lambda j: j.back(torch.ones(N * C, 2)),
+    ]
+    for use in uses:
+        with pytest.raises((ValueError, RuntimeError)):
+            use(jac)
+    for v in (torch.ones(8), torch.ones(1, 2), torch.ones(2, 4)):
+        with pytest.raises(RuntimeError):
+            bias @ v
+    for equation, v in (("ncpq,pq->nc", torch.randn(4, 1)), ("ncpq,nc->pq", torch.randn(1, C))):
+        close(torch.einsum(equation, jac, v), torch.einsum(equation, wanted, v), equation)  # broadcast, as torch does
+
+
+def test_complex_vectors() -> None:
+    jac, wanted = one("dense layer")
+    v, u = torch.randn(4, D, dtype=torch.complex128), torch.randn(N, C, dtype=torch.complex128)
+    full = wanted.to(torch.complex128)
+    close(jac.times(v), torch.einsum("ncpq,pq->nc", full, v), "times")
+    close(torch.einsum("ncpq,pq->nc", jac, v), torch.einsum("ncpq,pq->nc", full, v), "einsum")
+    close(jac.back(u), torch.einsum("ncpq,nc->pq", full, u), "back")
+    model, x = perceptron(), torch.randn(N, D)
+    J = found(model, x).jacobian
+    w, z = torch.randn(J.shape[1], dtype=torch.complex128), torch.randn(J.shape[0], 2, dtype=torch.complex128)
+    close(J @ w, J.to_dense().to(torch.complex128) @ w, "operator")
+    close(J.T @ z, J.to_dense().T.to(torch.complex128) @ z, "transposed")
+
+
+def test_casts_are_those_of_the_product() -> None:
+    """A narrower type may hold the product, and not its factors."""
+    model, x = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)), torch.tensor([[1e6]])
+    nn.init.constant_(model[1].weight, 1e-6)  # type: ignore[arg-type]
+    found(model, x)
+    jac: JacTensor = model[0].weight.jac  # type: ignore[assignment, union-attr]
+    for dtype in (torch.float16, torch.int64, torch.float32, torch.complex128):
+        assert torch.equal(jac.to(dtype).to_dense(), jac.to_dense().to(dtype)), dtype
+    assert isinstance(jac.float().double(), torch.Tensor)
 
 
 def test_an_input_modified_since_is_noticed() -> None:
@@ -209,6 +278,7 @@ def test_an_input_modified_since_is_noticed() -> None:
         lambda j: j.gram(),
         lambda j: j[0],
         lambda j: j.times(torch.ones(4, D)),
+        lambda j: j.data.to_dense(),
         copy.deepcopy,
     ):
         with pytest.raises(HookjacError, match="holds a layer's input by reference, and that was modified in place"):
@@ -325,6 +395,7 @@ def test_parameters_that_are_not_reached_are_zeros_of_no_size() -> None:
         (lambda j: j.gram(kind="all"), "kind must be"),
         (lambda j: j.diagonal(torch.ones(2)), "expected a metric"),
         (lambda j: j.variance([]), "a Kronecker for each of 4 parameters, got 0"),
+        (lambda j: j.variance(torch.eye(39)), r"expected the diagonal of a covariance \[39\]"),
         (lambda j: j.variance([Kronecker(None, torch.eye(2), torch.Size([2]))] * 4), r"parameter '0.weight' has shape"),
     ],
 )
@@ -333,6 +404,31 @@ def test_bad_arguments(use: Callable[[Any], Any], message: str) -> None:
     jac = found(model, torch.randn(N, D)).jacobian
     with pytest.raises(ValueError, match=message):
         use(jac)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda j: j @ [1.0] * 39, r"expected a tensor \[39\]"),
+        (lambda j: j.T @ j, r"expected a tensor \[12\] or \[12, K\], got Jacobian"),
+        (lambda j: j.gram(torch.ones(3)), "gram takes the ext.jacobian of another batch, got Tensor"),
+    ],
+)
+def test_arguments_of_another_kind(use: Callable[[Any], Any], message: str) -> None:
+    jac = found(perceptron(), torch.randn(N, D)).jacobian
+    assert repr(jac) == "Jacobian(4 samples of 3 outputs x 39 parameters)"
+    close(jac.T.to_dense(), jac.to_dense().T, "transposed")
+    with pytest.raises(TypeError, match=message):
+        use(jac)
+
+
+def test_variance_under_corrected_factors() -> None:
+    model, x = perceptron(), torch.randn(N, D)
+    J = found(model, x, "jac", hookjac.KFAC(fisher="exact", corrected=True)).jacobian
+    factors = [p.kfac for p in trainable(model).values()]
+    S = torch.block_diag(*[K.to_dense() for K in factors])
+    rows = J.to_dense().reshape(N, C, -1)
+    close(J.variance(factors), torch.einsum("ncp,pq,ndq->ncd", rows, S, rows), "EKFAC")
 
 
 def test_gram_of_different_parameters_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -471,3 +472,24 @@ def test_a_parameter_that_is_not_used_has_zeros() -> None:
 def test_bad_options(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
         KFAC(**bad)
+
+
+def test_what_has_no_inverse_says_so() -> None:
+    A, B = torch.eye(2), torch.diag(torch.tensor([1.0, 0.0]))
+    singular, indefinite = Kronecker(A, B, torch.Size([2, 2])), Kronecker(A, B - 0.5 * torch.eye(2), torch.Size([2, 2]))
+    v = torch.ones(2, 2)
+    for K in (singular, indefinite):
+        with pytest.raises(HookjacError, match=r"is not positive definite .* Give a larger damping than"):
+            K.inverse()
+    with pytest.raises(HookjacError, match="has eigenvalues of zero"):
+        singular.solve(v)
+    with pytest.raises(HookjacError, match="negative eigenvalue"):
+        indefinite.logdet()
+    assert singular.logdet() == -math.inf
+    for use in (lambda: singular.inverse(-1.0), lambda: singular.solve(v, -1.0), lambda: singular.logdet(math.nan)):
+        with pytest.raises(ValueError, match="damping must be"):
+            use()
+    with pytest.raises(ValueError, match="different forms"):
+        singular.lerp(Kronecker(None, B, torch.Size([2])), 0.1)
+    assert singular.to(torch.float32).B.dtype == torch.float32
+    assert repr(singular) == "Kronecker(A=[2, 2], B=[2, 2], shape=[2, 2], swapped=False)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -176,3 +177,42 @@ def test_a_solver_of_linear_operators() -> None:
     (J.mT @ u).square().sum().backward()
     assert u.grad is not None
     close(u.grad, 2 * dense @ (dense.T @ u.detach()), "gradient through the product")
+
+
+def test_parameters_of_every_shape_and_no_vectors() -> None:
+    model = Fn(lambda m, x: torch.tanh(m.a(x)) * m.s, a=nn.Linear(D, C), s=nn.Parameter(torch.tensor(0.7)))
+    x = torch.randn(N, D)
+    with extend(model, "hess_mp", "ggn_mp") as ext:
+        random_loss(model(x)).backward()
+    P = ext.hessian.shape[0]
+    for operator in (ext.hessian, ext.ggn):
+        close(operator @ torch.eye(P), (operator @ torch.eye(P)).T, "symmetric")
+        assert (operator @ torch.zeros(P, 0)).shape == (P, 0)
+        assert f"{P} parameters" in repr(operator)
+        with pytest.raises(TypeError, match="expected a tensor"):
+            operator @ [1.0] * P
+    assert model.a.weight.hess_mp(torch.zeros(0, C, D)).shape == (0, C, D)
+    with pytest.raises(ValueError, match="expected vectors of shape"):
+        model.a.weight.ggn_mp(torch.ones(D, C))
+
+
+def test_an_empty_batch() -> None:
+    model = nn.Linear(D, C)
+    with extend(model, "hess_mp", "ggn_mp") as ext:
+        model(torch.randn(0, D)).square().sum().backward()
+    v = torch.randn(ext.hessian.shape[0])
+    assert not (ext.hessian @ v).any()
+    assert not (ext.ggn @ v).any()
+
+
+def test_a_model_with_products_can_be_saved() -> None:
+    model = nn.Linear(D, C)
+    with extend(model, "hess_mp"):
+        random_loss(model(torch.randn(N, D))).backward()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again.weight, model.weight)
+    with pytest.raises(HookjacError, match=r"products with the hessian block of 'weight' .* needed the graph"):
+        again.weight.hess_mp(torch.ones(C, D))

@@ -269,8 +269,14 @@ def test_sampled_columns_of_a_rank_one_curvature_are_exact() -> None:
     ("make", "message"),
     [
         (lambda: hookjac.GGNDiagMC(samples=0), "samples must be a positive integer, got 0"),
-        (lambda: hookjac.GradSample(subsample=[]), "expected numbers of samples or outputs"),
-        (lambda: hookjac.Jac(outputs=[-1]), "expected numbers of samples or outputs"),
+        (lambda: hookjac.GradSample(subsample=[]), "indices of samples or outputs"),
+        (lambda: hookjac.Jac(outputs=[-1]), "indices of samples or outputs"),
+        (lambda: hookjac.Jac(outputs=1), "expected a list .* got 1"),  # type: ignore[arg-type]
+        (lambda: hookjac.Jac(outputs=torch.tensor(1)), r"expected a list .* got tensor\(1\)"),
+        (lambda: hookjac.GradSample(subsample=slice(2)), "expected a list"),  # type: ignore[arg-type]
+        (lambda: hookjac.GradSample(subsample=[True, False]), r"got a mask; pass mask\.nonzero"),
+        (lambda: hookjac.GradSample(subsample=torch.tensor([True, False])), r"got a mask; pass mask\.nonzero"),
+        (lambda: hookjac.HessDiag(flop_limit="x"), "flop_limit must be a positive number"),  # type: ignore[arg-type]
         (lambda: hookjac.Quantity(name="mine", columns="rows", reduce=lambda got: 0), "columns must be one of"),
         (lambda: hookjac.HessBlock(road="down"), "road must be"),  # type: ignore[arg-type]
     ],
@@ -278,6 +284,22 @@ def test_sampled_columns_of_a_rank_one_curvature_are_exact() -> None:
 def test_bad_options(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_indices_as_numpy_has_them() -> None:
+    import numpy
+
+    for given in (numpy.array([2, 0]), [numpy.int64(2), 0], range(2, -1, -2), torch.tensor([2, 0])):
+        assert hookjac.GradSample(subsample=given).subsample == (2, 0)
+
+
+def test_many_random_columns_cost_what_they_are() -> None:
+    """A root of a diagonal is taken entry by entry."""
+    model = nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, C))
+    with extend(model, hookjac.GGNSqrt(samples=2000), hookjac.GGNDiagMC(samples=2000)):
+        model(torch.randn(N, D)).square().sum().backward()
+    for p in model.parameters():
+        assert p.ggn_sqrt.shape == (2000, N, *p.shape)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ structure allows:
 
 dense()           the tensor itself
 columns, samples  some of its columns; some of its samples
-mix(R)            other columns, made of these by R [N, W, V]
+mix(R)            other columns, made of these by R [N, W, V], or [N, V] where it only scales them
 norms()           [V, N]: squared lengths
 times(X)          [K, *p] -> [K, V, N]: inner products with K tangents
 back(U)           [K, V, N] -> [K, *p]: combinations of the columns

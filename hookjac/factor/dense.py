@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block
+from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block, weighed
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Dense:
     def quad_each(self, metric: Tensor) -> Tensor:  # -> [N, *p]
         return quad_rows(self._flat(), metric).reshape(self.N, *self.param)
 
-    def mix(self, R: Tensor) -> Dense:  # R [N, W, V]: other columns, made of these
-        return Dense(torch.einsum("nwv,vn...->wn...", R, self.t), fresh=True)
+    def mix(self, R: Tensor) -> Dense:
+        return Dense(weighed(self.t, R), fresh=True)
 
     def norms(self) -> Tensor:  # -> [V, N], squared
         return self._flat().square().sum(2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor.dense import Dense
-from hookjac.factor.metric import CHUNK, quad_rows, summed_block
+from hookjac.factor.metric import CHUNK, quad_rows, summed_block, weighed
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Lookup:
         found = one._quads(metric, one.sample * self.rows + one.row, self.N * self.rows)
         return found.reshape(self.N, *self.param)
 
-    def mix(self, R: Tensor) -> Lookup:  # R [N, W, V]: other columns, made of these
-        return replace(self, g=torch.einsum("mwv,vmd->wmd", R[self.sample], self.g))
+    def mix(self, R: Tensor) -> Lookup:
+        return replace(self, g=weighed(self.g, R[self.sample]))
 
     def norms(self) -> Tensor:  # -> [V, N], squared
         one = self.merged()

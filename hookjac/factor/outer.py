@@ -97,8 +97,8 @@ class Outer:
         parts = [Dense(self.samples(n).dense()).quad_each(metric[n]) for n in self._chunks()]
         return torch.cat(parts) if parts else self.a.new_zeros(0, *self.param)
 
-    def mix(self, R: Tensor) -> Outer:  # R [N, W, V]: other columns, made of these
-        return replace(self, g=torch.einsum("nwv,vn...->wn...", R, self.g))
+    def mix(self, R: Tensor) -> Outer:
+        return replace(self, g=weighed(self.g, R))
 
     def norms(self) -> Tensor:  # -> [V, N], squared
         V, _, _, L, o = self.g.shape

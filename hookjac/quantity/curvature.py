@@ -96,17 +96,17 @@ def GGNSqrt(
     return Quantity(name="ggn_sqrt", columns=wish, reduce=reduce, subsample=chosen(subsample))
 
 
-def _root(metric: Tensor) -> Tensor:  # [N, V] or [N, V, V] -> R [N, V, V] with M = Rᵀ R
-    full = torch.diag_embed(metric) if metric.dim() == 2 else metric
-    values, vectors = torch.linalg.eigh(full)
-    low = values.amin(1) + 1e3 * torch.finfo(values.dtype).eps * values.abs().amax(1) if full.numel() else values
+def _root(metric: Tensor) -> Tensor:  # [N, V] or [N, V, V] -> R of the same shape with M = Rᵀ R
+    values, vectors = (metric, None) if metric.dim() == 2 else torch.linalg.eigh(metric)
+    low = values.amin(1) + 1e3 * torch.finfo(values.dtype).eps * values.abs().amax(1) if metric.numel() else values
     if bool((low < 0).any()):
         raise HookjacError(
             f"the loss is not convex in the outputs (its Hessian there has an eigenvalue {values.min():.1e}),"
             " so that the generalised Gauss-Newton matrix has no real square root. ggn_diag and ggn_block have no such "
             "limit."
         )
-    return values.clamp(min=0).sqrt().unsqueeze(2) * vectors.transpose(1, 2)
+    sizes = values.clamp(min=0).sqrt()
+    return sizes if vectors is None else sizes.unsqueeze(2) * vectors.transpose(1, 2)
 
 
 def GGNBlock(*, subsample: Samples = None) -> Quantity:

@@ -75,7 +75,8 @@ def KFAC(
         columns=wishes[fisher],
         reduce=reduce,
         subsample=chosen(subsample),
-        adds=None if corrected else adds,  # each batch has eigenvectors of its own
+        # each batch has eigenvectors of its own, and averages of averages are no average
+        adds=None if corrected or fisher == "kfra" else adds,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -89,7 +90,7 @@ class Hessian:
     def __post_init__(self) -> None:
         if self.road not in ("auto", "columns", "features", "entries"):
             raise ValueError(f"road must be 'auto', 'columns', 'features' or 'entries', got {self.road!r}")
-        if not self.flop_limit > 0:
+        if not isinstance(self.flop_limit, (int, float)) or not self.flop_limit > 0:
             raise ValueError(f"flop_limit must be a positive number of FLOPs, got {self.flop_limit!r}")
 
 
@@ -253,10 +254,16 @@ class Quantity:
 
 
 def chosen(samples: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
-    """`subsample=` and `outputs=` as given, as numbers."""
+    """`subsample=` and `outputs=` as given, as indices."""
     if samples is None:
         return None
-    found = samples.tolist() if isinstance(samples, Tensor) else list(samples)
-    if not found or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found):
-        raise ValueError(f"expected numbers of samples or outputs, counted from 0, got {samples!r}")
-    return tuple(found)
+    given: Any = samples.tolist() if hasattr(samples, "tolist") else samples
+    found = list(given) if isinstance(given, (Sequence, range)) and not isinstance(given, str) else None
+    if found and all(isinstance(n, bool) for n in found):
+        raise ValueError("expected indices of samples or outputs, got a mask; pass mask.nonzero()[:, 0]")
+    if not found or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in found):
+        raise ValueError(
+            "expected a list (or a 1-D tensor) of indices of samples or outputs, at least one, counted from 0 and not "
+            f"negative; got {samples!r:.80}"
+        )
+    return tuple(int(n) for n in found)
