@@ -85,6 +85,11 @@ class Recomputed:
             holder.handles = handles
         self._kept.clear()
 
+    @property
+    def any(self) -> bool:
+        """Was one met?"""
+        return bool(self._kept)
+
     def meet(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             for holder in _holders(node):

@@ -24,7 +24,19 @@ from hookjac.operator import Curvature, Quiet
 from hookjac.plan import Plan
 from hookjac.products import Product
 from hookjac.progress import Progress
-from hookjac.quantity.record import GGN, Averaged, Diagonal, Graph, Hessian, Loss, Probes, Quantity, Received, Sampled
+from hookjac.quantity.record import (
+    GGN,
+    Averaged,
+    Diagonal,
+    Graph,
+    Hessian,
+    Loss,
+    Probes,
+    Quantity,
+    Received,
+    Sampled,
+    demand_samples,
+)
 from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 from hookjac.seeds import Seeds
@@ -60,7 +72,7 @@ class Walk:
         self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
         self.direct = {p: self._penalty(p, g) for p, g in plan.top.direct.items()}
         for q in quantities:
-            _check_samples(q, plan.N)
+            demand_samples(q, plan.N)
 
     def _penalty(self, p: int, gradient: Tensor) -> Product:
         return Product(self.plan.names[p], edge_of(self.plan.params[p]), lambda which: gradient)
@@ -263,8 +275,3 @@ class Walk:
         times = self.operators[wish.curved].block(p) if isinstance(wish, Graph) else None
         probed = self.probed[wish][p] if isinstance(wish, Probes) else None
         return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed)
-
-
-def _check_samples(q: Quantity, N: int) -> None:
-    if q.subsample is not None and max(q.subsample) >= N:
-        raise HookjacError(f"{q.name}: sample {max(q.subsample)} was asked for, but the batch has {N} (from 0).")

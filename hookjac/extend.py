@@ -18,10 +18,13 @@ from hookjac.errors import HookjacError
 from hookjac.explain import Explanation, explain
 from hookjac.jacobian import Jacobian
 from hookjac.loss import scalar
+from hookjac.members import Members
 from hookjac.operator import Curvature
+from hookjac.passing import Described, Passage, describe, may_pass, passed, recall, remember
 from hookjac.plan import make_plan
 from hookjac.quantity import Quantity, parse
-from hookjac.quantity.record import Graph
+from hookjac.quantity.record import Graph, Loss
+from hookjac.rule import foreign
 from hookjac.tape import Select, Tape
 from hookjac.watch import Watch
 
@@ -69,20 +72,22 @@ class extend:
                 f"create_graph=True serves quantities of the gradient and of the Jacobian; {curved[0]!r} is made of "
                 "second derivatives. Ask for it in a block of its own, or name what you want: extend(model, 'jac')."
             )
-        self._stack: contextlib.ExitStack | None = None
+        self._first_order = not create_graph and all(isinstance(q.wish, Loss) for q in self.quantities)
+        self._open = False
+        self._switches = contextlib.ExitStack()
         self._explanation: Explanation | None = None
         self._operators: dict[str, Curvature] = {}
         self._found: dict[str, dict[str, Any]] = {}  # quantity -> parameter -> its result
 
     def __enter__(self) -> extend:
-        if self._stack is not None:
+        if self._open:
             raise HookjacError("this extend block is already open; make a new one with hookjac.extend(model, ...)")
-        params = _trainable(self.model)
+        members = Members(self.model)
+        params = members.trainable
         if not params:
-            count = sum(1 for _ in self.model.parameters())
             raise HookjacError(
-                f"the model has no trainable parameter ({count} parameters, all with requires_grad=False): there is "
-                "nothing to differentiate with respect to."
+                f"the model has no trainable parameter ({len(members.params)} parameters, all with requires_grad="
+                "False): there is nothing to differentiate with respect to."
             )
         for name, p in params.items():
             if p.is_complex():
@@ -90,30 +95,31 @@ class extend:
                     f"parameter {name!r} is complex ({p.dtype}): its Jacobian and Hessian depend on a convention that "
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
-        self._known = {id(p): name for name, p in params.items()}
-        self._held = list(params.values())  # ids stay theirs while we compare them
-        with contextlib.ExitStack() as stack:
-            # a layer's note holds no graph to what it saved; its autograd nodes do
-            tape = Tape(self.model, self._output, rules=not self._create_graph)
-            stack.callback(tape.remove)
-            tape.install()
-            if self._create_graph or any(q.curved for q in self.quantities):
-                stack.enter_context(_MATH_ATTENTION)
-            stack.enter_context(_QUIET_VMAP)
-            keep = self._create_graph or any(isinstance(q.wish, Graph) for q in self.quantities)
-            self._watch = Watch(tape, self._backward, keep)
-            stack.callback(self._watch.leave)
-            self._watch.enter()
-            self._tape = tape
-            self._stack = stack.pop_all()
+        self._held = params  # ids stay theirs while we compare them
+        self._may_pass = self._first_order and not foreign(members.kinds)
+        # A layer's note holds no graph to what it saved; its autograd nodes do. And where the user's backward carries
+        # the columns, nodes know all that is needed
+        noted = not self._create_graph and not (self._may_pass and passed(self.model))
+        self._tape = Tape(members, self._output, rules=noted)
+        keep = self._create_graph or any(isinstance(q.wish, Graph) for q in self.quantities)
+        self._watch = Watch(self._tape, self._backward, keep)
+        if not self._first_order:
+            self._switches.enter_context(_QUIET_VMAP)
+        if self._create_graph or any(q.curved for q in self.quantities):
+            self._switches.enter_context(_MATH_ATTENTION)
+        self._open = True
+        self._tape.install()
+        self._watch.enter()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        stack, self._stack = self._stack, None
-        self._held = []
-        if stack is None:
+        if not self._open:
             raise HookjacError("this extend block is not open")
-        stack.close()
+        self._open = False
+        self._held = {}
+        self._watch.leave()
+        self._tape.remove()
+        self._switches.close()
 
     def explain(self) -> Explanation:
         """Which road every parameter took in the last backward of this block, and why."""
@@ -164,7 +170,8 @@ class extend:
         inputs: Sequence[Any] | None,
     ) -> Any:
         """One backward of the user's: ours first, while the graph is alive; then theirs; results last."""
-        params = _trainable(self.model)
+        members = Members(self.model)
+        params = members.trainable
         if inputs is not None:
             chosen = {id(t.node.variable) if hasattr(getattr(t, "node", None), "variable") else id(t) for t in inputs}
             listed = {name: p for name, p in params.items() if id(p) in chosen}
@@ -174,9 +181,16 @@ class extend:
         for p in params.values():
             for q in self.quantities:
                 vars(p).pop(q.name, None)  # nobody shall read the last step's after an error
+        described = None
+        if self._may_pass and inputs is None and len(tensors) == 1 and weights[0] is None and not self._watch.hooked:
+            described = describe(self._tape, tensors[0], {id(p): k for k, p in enumerate(params.values())})
+            passage = None if described is None else recall(self.model, tuple(params), described)
+            if described is not None and isinstance(passage, Passage):
+                return self._pass(passage, described, params, call)
+            described = described if passage == "unknown" else None
         # a graph made outside inference mode is differentiable inside it, but only once
-        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled():
-            results = self._results(list(tensors), list(weights), params)
+        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), _QUIET_VMAP:
+            results = self._results(list(tensors), list(weights), members, params, described)
         self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
         answer = call()
         for p in params.values():
@@ -184,7 +198,25 @@ class extend:
                 setattr(p, name, value)
         return answer
 
-    def _results(self, tensors: list[Tensor], weights: list[Tensor | None], params: dict[str, nn.Parameter]) -> Results:
+    def _pass(
+        self, passage: Passage, described: Described, params: dict[str, nn.Parameter], call: Callable[[], Any]
+    ) -> Any:
+        """Nothing but gradients of samples, on a graph of known structure: they are read as the user's own pass."""
+        answer, found = passage.run(described, list(params.values()), self.quantities, call)
+        for p, values in zip(params.values(), found, strict=True):
+            for q, value in zip(self.quantities, values, strict=True):
+                setattr(p, q.name, value)
+        self._explanation = passage.explanation
+        return answer
+
+    def _results(
+        self,
+        tensors: list[Tensor],
+        weights: list[Tensor | None],
+        members: Members,
+        params: dict[str, nn.Parameter],
+        described: Described | None,
+    ) -> Results:
         for t in tensors:
             if not isinstance(t, Tensor):
                 raise HookjacError(
@@ -198,14 +230,21 @@ class extend:
                     why = "something between the model and the loss detached it"
                 raise HookjacError(f"the loss does not require grad: {why}.")
         loss = scalar(tensors, weights)
-        current = {id(p) for p in self.model.parameters()}
+        known = {id(p): name for name, p in self._held.items()}
+        current = {id(p) for p in members.params.values()}
         with Recomputed() as recomputed:
-            plan = make_plan(self._tape, loss, params, self._known, current, recomputed)
+            plan = make_plan(self._tape, loss, params, known, current, recomputed)
             quiet = functools.partial(self._watch.quiet, self.model)
             walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
             results = walk.run()
-        self._operators = walk.operators
-        self._explanation = explain(self.model, plan, walk.seeds.roads)
+            self._operators = walk.operators
+            self._explanation = explain(self.model, plan, walk.seeds.roads)
+            if described is not None:
+                passage = None
+                with contextlib.suppress(HookjacError):  # this step has been served, and the next will be, too
+                    by_nodes = make_plan(self._tape, loss, params, known, current, recomputed, set(plan.route.calls))
+                    passage = Passage(by_nodes, described, self._explanation) if may_pass(by_nodes) else None
+                remember(self.model, tuple(params), described, passage)
         return results
 
 
@@ -222,10 +261,6 @@ def _compiled() -> Iterator[None]:
             "run only once. Compile inside the block, or extend the model that torch.compile was given (`_orig_mod`), "
             "or set torch._functorch.config.donated_buffer = False before the first forward."
         ) from error
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class _Switch:

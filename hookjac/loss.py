@@ -56,6 +56,7 @@ class Top:
     gradients: list[Tensor]  # dL/d frontier, differentiable
     direct: dict[int, Tensor]  # id of a parameter -> its gradient through no sample, differentiable
     entwined: set[int] = field(default_factory=set)  # of those, the ones that scale what the samples add up to
+    certain: bool = False  # that it is a sum over the rows of the frontier follows from structure alone
 
 
 def top(
@@ -165,6 +166,7 @@ def _check(part: Top, above: Iterable[Key], route: Route, names: Mapping[int, st
     heads = [g for g in part.gradients if g.requires_grad]
     above = list(above)
     if not part.direct and separable(route, above, part.frontier, part.N):
+        part.certain = True
         return
     try:
         route.demand_twice(above)

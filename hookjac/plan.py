@@ -40,6 +40,7 @@ class Plan:
     lost: bool  # the model was called, but nothing that it returned was met
     layout: dict[Edge, Layout]  # of every tensor whose samples are known not to mix
     needed: set[Key]
+    certain: bool = False  # all of this follows from the structure of the graph, whatever the values are
     masked: set[Key] = field(init=False, default_factory=set)  # stations that must see each sample by itself
     through: set[Key] = field(init=False, default_factory=set)  # stations that pass on columns of all samples together
     visit: set[Key] = field(init=False, default_factory=set)
@@ -116,27 +117,34 @@ def make_plan(
     known: Mapping[int, str],
     current: Collection[int],
     recomputed: Recomputed,
+    rejected: Collection[Edge] = (),
 ) -> Plan:
     """Survey the graph of a loss.
 
     params: the parameters to be served, by qualified name. known: all that the model had when the block began;
-    current: all that it has now. recomputed: open as long as the plan is used.
+    current: all that it has now. recomputed: open as long as the plan is used. rejected: layers to be gone through by
+    autograd's nodes.
     """
     names = {id(p): name for name, p in params.items()}
-    rejected: set[Edge] = set()
+    rejected = set(rejected)
     while True:
         route = Route(tape, [edge_of(loss)], recomputed, rejected)
         selected, outputs, N = _outputs(route)
         _check_parameters(route, names, known, current)
         needed = route.needed(names.keys())
-        layout, unfit = _survey(route, outputs, N, needed, names, {})
+        layout, unfit, certain = _survey(route, outputs, N, needed, names, {})
         if not unfit:
-            part, layout, unfit = _join(loss, route, outputs, N, needed, names, layout)
+            part, (layout, unfit, sure) = _join(loss, route, outputs, N, needed, names, layout)
+            certain = certain and sure and part.certain
         if not unfit:
             by_id = {id(p): p for p in params.values()}
             lost = tape.calls > 0 and not any(m and m.output for e in outputs for m in [route.mark(e)])
-            return Plan(route, part, N, names, by_id, selected, lost, layout, needed)
+            return Plan(route, part, N, names, by_id, selected, lost, layout, needed, certain)
         rejected |= unfit  # these layers go by autograd's nodes; look again
+
+
+# layouts; layers whose rule cannot serve theirs; whether all that follows from structure
+Survey = tuple[dict[Edge, Layout], set[Edge], bool]
 
 
 def _join(
@@ -147,15 +155,16 @@ def _join(
     needed: set[Key],
     names: Mapping[int, str],
     layout: dict[Edge, Layout],
-) -> tuple[Top, dict[Edge, Layout], set[Edge]]:
+) -> tuple[Top, Survey]:
     """The loss's part of the graph, and the layouts between it and the outputs."""
     sampled = {edge for edge in layout if route.with_data(route.key(edge))} | set(outputs)
     # a first axis may have the right size by chance (N tokens kept by a mask, N classes): then the outputs decide
     with contextlib.suppress(HookjacError):
         part = top(loss, route, sampled, N, names)
-        return part, *_survey(route, part.frontier, N, needed, names, layout)
+        return part, _survey(route, part.frontier, N, needed, names, layout)
     part = top(loss, route, sampled, N, names, low=True)
-    return part, *_survey(route, part.frontier, N, needed, names, layout)
+    part.certain = False  # the values of the first attempt spoke
+    return part, _survey(route, part.frontier, N, needed, names, layout)
 
 
 def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:
@@ -251,13 +260,13 @@ def _survey(
     needed: set[Key],
     names: Mapping[int, str],
     known: Mapping[Edge, Layout],
-) -> tuple[dict[Edge, Layout], set[Edge]]:
+) -> Survey:
     """Find the samples below `starts`, by structure if it tells, else by probing."""
     if all(edge in known for edge in starts):
-        return dict(known), set()
+        return dict(known), set(), True
     found = placed(route, starts, N, needed | {route.key(edge) for edge in starts})
     if found is None or any(found.get(edge, layout) != layout for edge, layout in known.items()):
-        return _probe(route, starts, N, needed, names, known)
+        return *_probe(route, starts, N, needed, names, known), False
     layout, unfit = dict(known), set[Edge]()
     for edge, its in found.items():
         if edge not in known:
@@ -265,7 +274,7 @@ def _survey(
                 layout[edge] = its
             if _unfit(route, edge, layout, names):
                 unfit.add(edge)
-    return layout, unfit
+    return layout, unfit, True
 
 
 def _unfit(route: Route, edge: Edge, layout: Mapping[Edge, Layout], names: Mapping[int, str]) -> bool:

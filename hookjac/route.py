@@ -64,6 +64,11 @@ class Route:
         )
         recomputed.meet(key for key in self.order if key not in self.calls)
 
+    @property
+    def recomputes(self) -> bool:
+        """Did a checkpoint throw away what some nodes saved?"""
+        return self._recomputed.any
+
     def constants(self, key: Key) -> list[Tensor]:
         """Tensors without a gradient that enter at a station: data, masks, indices."""
         call = self.calls.get(key)

@@ -9,7 +9,7 @@ except through the `Layout` that `factors` is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ def _always(module: nn.Module) -> bool:
     return True
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Rule:
     """What one family of layers does to columns.
 
@@ -134,7 +134,7 @@ def elementwise(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class NodeRule:
     """What operands of one kind of autograd node receive from each sample: a layer recognised by its node.
 
@@ -194,6 +194,20 @@ def _enter(table: dict[Any, Any], names: Mapping[Any, str], rule: Rule | NodeRul
 
 def node_rule(node: Node) -> NodeRule | None:
     return _NODES.get(type(node).__name__)
+
+
+_OWN: set[type[nn.Module]] = set()
+
+
+def own() -> None:
+    """What is registered now are hookjac's own rules, and what they do, autograd's nodes can do as well."""
+    _OWN.update(_RULES)
+
+
+def foreign(kinds: Iterable[type[nn.Module]]) -> bool:
+    """Does somebody else's rule speak for one of these classes?"""
+    others = _RULES.keys() - _OWN
+    return bool(others) and any(base in others for kind in kinds for base in kind.__mro__)
 
 
 def rules() -> Iterator[tuple[type[nn.Module], Rule]]:

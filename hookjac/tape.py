@@ -21,6 +21,7 @@ from torch.nn.modules import module as hooks
 from hookjac.checkpoints import is_hidden
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of
+from hookjac.members import Members
 from hookjac.rule import Call, Rule, lookup
 
 Select = str | int | Callable[[Any], Tensor] | None
@@ -47,6 +48,15 @@ class Note:
     def intact(self) -> bool:
         """False once the input or a weight was modified in place: then only autograd knows whether that matters."""
         return self._version() == self.versions
+
+    @property
+    def current(self) -> bool:
+        """False once a parameter was moved, cast or given new data."""
+        for key, t in self.values.items():
+            p = self.params[key]
+            if p.data_ptr() != t.data_ptr() or p.dtype != t.dtype or p.shape != t.shape:
+                return False
+        return True
 
     def call(self, edge: Edge) -> Call:
         """For the rule, once the walk has found the layer's place in the graph."""
@@ -137,12 +147,16 @@ def _listed(names: Any) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
+_WARY = (nn.modules.batchnorm._BatchNorm, nn.DataParallel)  # may have to be refused before they run
+_FAILED: Any = object()  # after an error, torch calls hooks without keyword arguments
+
+
 class Tape:
     """Notes on the graph of one model, while it is installed."""
 
-    def __init__(self, model: nn.Module, output: Select, *, rules: bool = True) -> None:
-        self.model, self.rules = model, rules
-        self.names = {module: name for name, module in model.named_modules()}
+    def __init__(self, members: Members, output: Select, *, rules: bool = True) -> None:
+        self.model, self.names, self.rules = members.model, members.modules, rules
+        self._wary = any(issubclass(kind, _WARY) for kind in members.kinds)
         self.output = output
         self.calls_without_grad = 0
         self.calls = 0
@@ -156,9 +170,8 @@ class Tape:
         plain = _uncompiled if "torch._dynamo" in sys.modules else lambda hook: hook
         self._handles = [
             hooks.register_module_forward_pre_hook(plain(self._before)),
-            hooks.register_module_forward_hook(plain(self._after), with_kwargs=True),
             # after errors too: whatever stepped aside for the forward must come back
-            hooks.register_module_forward_hook(plain(self._always), always_call=True),
+            hooks.register_module_forward_hook(plain(self._after), with_kwargs=True, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -190,9 +203,6 @@ class Tape:
             note.output, note.selected = mark.output, note.selected or mark.selected
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        name = self.names.get(module)
-        if name is None:
-            return
         if module is self.model:
             self.around[0]()
             if module._forward_hooks:  # they may change the output, and run after ours: be the last of them
@@ -203,7 +213,7 @@ class Tape:
                     self._root(args, kwargs, output)
 
                 last.append(module.register_forward_hook(see, with_kwargs=True))
-        if not torch.is_grad_enabled():
+        if not self._wary or (name := self.names.get(module)) is None or not torch.is_grad_enabled():
             return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise mixing_batchnorm(f"layer {name!r} ({type(module).__name__})")
@@ -213,18 +223,20 @@ class Tape:
                 "copies. Use DistributedDataParallel, or extend the wrapped module on one device."
             )
 
-    def _always(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self.model:
-            self.around[1]()
-
-    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        name = self.names.get(module)
-        if name is None:
-            return
-        if self.rules and isinstance(output, Tensor) and output.grad_fn is not None:
-            self._layer(module, name, args, kwargs, output)
-        if module is self.model and not module._forward_hooks:
-            self._root(args, kwargs, output)
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _FAILED) -> None:
+        root = module is self.model
+        try:
+            if output is _FAILED:
+                return
+            if self.rules and isinstance(output, Tensor) and output.grad_fn is not None:
+                name = self.names.get(module)
+                if name is not None:
+                    self._layer(module, name, args, kwargs, output)
+            if root and not module._forward_hooks:
+                self._root(args, kwargs, output)
+        finally:
+            if root:
+                self.around[1]()
 
     def _layer(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         if len(args) + len(kwargs) != 1:
@@ -251,40 +263,50 @@ class Tape:
             self.calls_without_grad += 1
             return
         chosen = select(output, self.output)
-        if chosen.is_complex():
-            raise HookjacError(
-                f"the model's selected output is complex ({chosen.dtype}): its Jacobian depends on a convention that "
-                "hookjac does not choose. Return its real and imaginary parts (torch.view_as_real)."
-            )
-        if chosen.dim() == 0:
-            raise HookjacError(
-                "the model's selected output is a single number, expected a first axis that counts the samples. "
-                "If the model returns its loss, select what the loss is computed from: extend(model, output=...)."
-            )
-        inputs = [(path, t) for path, t in leaves((*args, *kwargs.values())) if t.dim() > 0]
-        indexed = any(not t.is_floating_point() for _, t in inputs)  # which node belongs to which graph, say
-        self.given = [ref for ref in self.given if ref() is not None] + [weakref.ref(t) for _, t in inputs]
+        inputs = [t for _, t in leaves((*args, *kwargs.values()) if kwargs or len(args) != 1 else args[0]) if t.dim()]
+        self.given = [ref for ref in self.given if ref() is not None] + [weakref.ref(t) for t in inputs]
+        if chosen.dim() == 0 or chosen.is_complex() or not chosen.requires_grad:
+            raise _unfit_output(chosen)
         N = chosen.shape[0]
-        # one common first axis that is not N, and N nowhere else either: this is no batch of samples
-        if not indexed and len({t.shape[0] for _, t in inputs}) == 1 and all(N not in t.shape for _, t in inputs):
-            shapes = ", ".join(str(tuple(t.shape)) for _, t in inputs[:4])
-            raise HookjacError(
-                f"the model's output has shape {tuple(chosen.shape)}, but no input has an axis of {N} (inputs: "
-                f"{shapes}). The first axis of the output must count the samples; add it with unsqueeze(0) for one."
-            )
-        if not chosen.requires_grad:
-            raise HookjacError(
-                "the selected output does not require grad: it was computed under torch.no_grad(), detached, or no "
-                "trainable parameter takes part in it."
-            )
+        if not (inputs and inputs[0].shape[0] == N):
+            _demand_batch(chosen, inputs)
         for path, tensor in [("output", chosen)] if output is chosen else leaves(output):
             if tensor.grad_fn is not None and tensor.dim() > 0 and tensor.is_floating_point():
-                mark = self._note(tensor)
-                mark.output = path
+                self._note(tensor).output = path
         if chosen.grad_fn is not None:
             mark = self._note(chosen)
             mark.selected = True
             mark.output = mark.output or "output"
+
+
+def _unfit_output(chosen: Tensor) -> HookjacError:
+    if chosen.is_complex():
+        return HookjacError(
+            f"the model's selected output is complex ({chosen.dtype}): its Jacobian depends on a convention that "
+            "hookjac does not choose. Return its real and imaginary parts (torch.view_as_real)."
+        )
+    if chosen.dim() == 0:
+        return HookjacError(
+            "the model's selected output is a single number, expected a first axis that counts the samples. "
+            "If the model returns its loss, select what the loss is computed from: extend(model, output=...)."
+        )
+    return HookjacError(
+        "the selected output does not require grad: it was computed under torch.no_grad(), detached, or no "
+        "trainable parameter takes part in it."
+    )
+
+
+def _demand_batch(chosen: Tensor, inputs: list[Tensor]) -> None:
+    """One common first axis that is not N, and N nowhere else either: this is no batch of samples."""
+    N = chosen.shape[0]
+    if not all(t.is_floating_point() for t in inputs):
+        return  # which node belongs to which graph, say
+    if len({t.shape[0] for t in inputs}) == 1 and all(N not in t.shape for t in inputs):
+        shapes = ", ".join(str(tuple(t.shape)) for t in inputs[:4])
+        raise HookjacError(
+            f"the model's output has shape {tuple(chosen.shape)}, but no input has an axis of {N} (inputs: "
+            f"{shapes}). The first axis of the output must count the samples; add it with unsqueeze(0) for one."
+        )
 
 
 def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:

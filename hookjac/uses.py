@@ -121,7 +121,7 @@ def received(
         operand = children(key)[use.slot]
         assert operand is not None
         _demand(f"rule {rule.name!r} of the node {type(key).__name__}", factor, G, layout, meta(operand)[0])
-        factor = _down(use.chain, factor)
+        factor = down(use.chain, factor)
         found[p] = total([found[p], factor]) if p in found else factor
     return found
 
@@ -153,10 +153,10 @@ def mixed(route: Route, use: Use, g: Tensor, X: Tensor, layout: Layout) -> Facto
     assert rule is not None
     assert isinstance(use.slot, int)
     way = rule.mixed[use.slot]
-    return None if way is None else _down(use.chain, way(use.key, use.slot, g, X, layout))
+    return None if way is None else down(use.chain, way(use.key, use.slot, g, X, layout))
 
 
-def _down(chain: tuple[Edge, ...], factor: Factor) -> Factor:
+def down(chain: tuple[Edge, ...], factor: Factor) -> Factor:
     """A factor of an operand through the nodes between it and the parameter."""
     for edge in chain:
         moved: Factor | None = None

@@ -32,6 +32,7 @@ class Watch(TorchFunctionMode):
         self._backward, self._keep = weakref.WeakMethod(backward), keep  # no cycle may keep results alive
         self._busy = False  # our own derivatives are under way
         self._running = False  # a backward that we watch is: what it starts itself (a checkpoint) is part of it
+        self.hooked = False  # a gradient hook was put on a tensor outside the forward
         self._retained: list[weakref.ref[Tensor]] = []
         tape.around = (self._aside, self.enter)
 
@@ -78,12 +79,16 @@ class Watch(TorchFunctionMode):
         if func is torch.Tensor.retain_grad:
             self._retained.append(weakref.ref(args[0]))
         elif func is torch.Tensor.register_hook and not args[0].is_leaf:
+            self.hooked = True
             (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
             return func(tensor, self._unless_busy(hook))
         if func not in _STARTS or self._running or self._busy:
             return func(*args, **kwargs)
+        usual = func is torch.Tensor.backward and len(args) == 1 and not self._keep
+        if usual and kwargs.get("gradient") is None and kwargs.get("inputs") is None:
+            return self._start(lambda: func(*args, **kwargs), args, (None,), None)
         start = inspect.signature(func).bind(*args, **kwargs)
-        heads, cotangents = (name for name in _STARTS[func])
+        heads, cotangents = _STARTS[func]
         given = start.arguments
         if not isinstance(given.get("inputs"), (Tensor, GradientEdge, dict, NoneType)):
             given["inputs"] = tuple(given["inputs"])  # it may be a generator: we look, and torch looks
@@ -97,11 +102,14 @@ class Watch(TorchFunctionMode):
         tensors = _listed(given[heads])
         weights = [None] * len(tensors) if given.get(cotangents) is None else _listed(given[cotangents])
         inputs = None if given.get("inputs") is None else _listed(given["inputs"])
+        return self._start(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
+
+    def _start(self, call: Callable[[], Any], tensors: Any, weights: Any, inputs: Any) -> Any:
         self._running = True
         try:
             backward = self._backward()
             assert backward is not None
-            return backward(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
+            return backward(call, tensors, weights, inputs)
         finally:
             self._running = False
 

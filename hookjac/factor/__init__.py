@@ -6,7 +6,7 @@ structure allows:
 dense()           the tensor itself
 columns, samples  some of its columns; some of its samples
 mix(R)            other columns, made of these by R [N, W, V], or [N, V] where it only scales them
-norms()           [V, N]: squared lengths
+norms()           [V, N]: squared lengths; `lengths()`, their roots
 times(X)          [K, *p] -> [K, V, N]: inner products with K tangents
 back(U)           [K, V, N] -> [K, *p]: combinations of the columns
 add_gram(out, B)  [N, V, N', V']: inner products with those of another, added to `out`
@@ -78,6 +78,8 @@ def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
 
 def total(found: Sequence[Factor]) -> Factor:
     """All uses of one parameter, summed before anything is squared: cross terms are part of the answer."""
+    if len(found) == 1:
+        return found[0]
     parts: list[Dense | Outer | Lookup] = []
     for factor in found:
         for part in factor.parts if isinstance(factor, Sum) else (factor,):

@@ -74,6 +74,10 @@ class Dense:
     def norms(self) -> Tensor:  # -> [V, N], squared
         return self._flat().square().sum(2)
 
+    def lengths(self) -> Tensor:  # -> [V, N]
+        t = self.t if self.t.dim() == 3 and not shared(self.t) else self._flat()
+        return torch.linalg.vector_norm(t, dim=2)
+
     def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
         return torch.einsum("vnp,kp->kvn", self._flat(), X.reshape(X.shape[0], self.param.numel()))
 

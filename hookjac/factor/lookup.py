@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor.dense import Dense
-from hookjac.factor.metric import CHUNK, quad_rows, summed_block, weighed
+from hookjac.factor.metric import CHUNK, quad_rows, root, summed_block, weighed
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ class Lookup:
     def norms(self) -> Tensor:  # -> [V, N], squared
         one = self.merged()
         return self.g.new_zeros(self.V, self.N).index_add(1, one.sample, one.g.square().sum(2))
+
+    def lengths(self) -> Tensor:  # -> [V, N]
+        return root(self.norms())
 
     def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
         table = X.reshape(X.shape[0], self.rows, self.g.shape[2])

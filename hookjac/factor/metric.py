@@ -68,6 +68,8 @@ def quad_block(A: Tensor, metric: Tensor) -> Tensor:  # A [V, N, D], metric [N, 
 
 def root(t: Tensor) -> Tensor:
     """The root of a sum of squares, whatever rounding made of a zero; its derivative at zero is taken as zero."""
+    if not t.requires_grad:
+        return t.clamp(min=0).sqrt()
     return torch.where(t > 0, t, 1).sqrt() * (t > 0)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookjac.factor.dense import Dense
 from hookjac.factor.lookup import Lookup
-from hookjac.factor.metric import CHUNK
+from hookjac.factor.metric import CHUNK, root
 from hookjac.factor.outer import Outer
 
 
@@ -74,6 +74,9 @@ class Sum:
     def norms(self) -> Tensor:  # -> [V, N], squared
         found = [rows.norms() for _, rows in self._chunks()]
         return torch.cat(found, 1) if found else self._zeros(self.V, 0)
+
+    def lengths(self) -> Tensor:  # -> [V, N]
+        return root(self.norms())
 
     def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
         first, *others = self.parts

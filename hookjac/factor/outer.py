@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor.dense import Dense
-from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block, weighed
+from hookjac.factor.metric import CHUNK, is_unit, quad_rows, root, shared, summed_block, weighed
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,13 @@ class Outer:
             return torch.einsum("vnblm,nblm->vn", gg, aa)
         parts = [Dense(self.samples(n).dense()).norms() for n in self._chunks()]
         return torch.cat(parts, 1) if parts else self.g.new_zeros(V, 0)
+
+    def lengths(self) -> Tensor:  # -> [V, N]
+        _, _, B, L, _ = self.g.shape
+        if B * L != 1:
+            return root(self.norms())
+        length = torch.linalg.vector_norm
+        return (length(self.g, dim=4) * length(self.a, dim=3)).view(self.V, self.N)
 
     def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
         met = torch.einsum("kboi,nbli->knblo", self._unfold(X), self.a)

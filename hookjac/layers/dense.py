@@ -25,8 +25,14 @@ def _linear_pull(call: Call, G: Tensor) -> Tensor:  # [V, ..., o] -> [V, ..., i]
 
 
 def _linear_factors(call: Call, G: Tensor, layout: Layout) -> dict[str, Factor]:
-    g = _positions(layout.split(G))  # [V, N, L, o]
     found: dict[str, Factor] = {}
+    if G.dim() == 3 and layout.plain:
+        if "weight" in call.params:
+            found["weight"] = Outer(G[:, :, None, None], call.x[:, None, None])
+        if "bias" in call.params:
+            found["bias"] = Dense(G)
+        return found
+    g = _positions(layout.split(G))  # [V, N, L, o]
     if "weight" in call.params:
         found["weight"] = Outer(g.unsqueeze(2), _positions(layout.split(call.x.unsqueeze(0)))[0].unsqueeze(1))
     if "bias" in call.params:
@@ -90,6 +96,13 @@ def _mm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
 
 
 def _addmm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
+    if layout.plain and node._saved_alpha == node._saved_beta == 1:  # nn.Linear: few steps, for they are the price
+        V, N, o = G.shape
+        if slot == 2:
+            a = saved(node._saved_mat1)
+            return Outer(G.view(V, N, 1, 1, o), a.view(N, 1, 1, a.shape[1]), swapped=True)
+        if slot == 0 and operand(node, 0) == (o,):
+            return Dense(G)
     if slot == 0:
         return summed(G if node._saved_beta == 1 else G * node._saved_beta, operand(node, 0), layout)
     scale = node._saved_alpha

@@ -46,6 +46,8 @@ def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
     """
 
     def reduce(got: Received) -> Tensor:
+        if got.direct is None and got.factor is not None:
+            return got.factor.lengths()[0].to(got.param.dtype)
         return root(squares(got)).to(got.param.dtype)
 
     return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hookjac.errors import HookjacError
 from hookjac.factor import Factor, paired
 from hookjac.graph import saved
 from hookjac.products import Product
@@ -108,7 +109,7 @@ _WISHES: dict[str, Callable[[], Wish]] = {"loss": Loss, "output": Output, "ggn":
 # What came of them -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Received:
     """All that one parameter got from the columns a quantity asked for, of the samples it asked for.
 
@@ -267,3 +268,8 @@ def chosen(samples: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
             f"negative; got {samples!r:.80}"
         )
     return tuple(int(n) for n in found)
+
+
+def demand_samples(q: Quantity, N: int) -> None:
+    if q.subsample is not None and max(q.subsample) >= N:
+        raise HookjacError(f"{q.name}: sample {max(q.subsample)} was asked for, but the batch has {N} (from 0).")

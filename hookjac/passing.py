@@ -1,0 +1,238 @@
+"""Gradients of single samples, read while the user's own backward passes.
+
+The loss gradient is the one column that needs no walk of ours: autograd carries it past every layer anyway, and a hook
+on the layer's node sees it. What has to be known beforehand is where the samples lie there and which parameters meet
+which rule. That follows from the structure of the graph wherever `structure` can tell, so it is worked out once, by a
+plan as for any other quantity, and remembered under a description of that structure. Each step describes its own graph
+anew, and takes this way only if it finds the same.
+
+N samples.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hookjac.checkpoints import is_reentrant
+from hookjac.explain import Explanation
+from hookjac.factor import Factor, total
+from hookjac.graph import Edge, Node, attributes
+from hookjac.plan import Plan
+from hookjac.quantity.record import Quantity, Received, demand_samples
+from hookjac.rule import node_rule
+from hookjac.samples import Layout
+from hookjac.tape import Tape
+from hookjac.uses import down
+
+_REMEMBERED = 32  # structures of one model: a last batch of another size, sequences of several lengths
+
+Structure = tuple[Any, ...]
+
+
+class Described:
+    """The graph of one loss: its nodes, as they are met, and what there is to say of each but its values."""
+
+    __slots__ = ("nodes", "structure")
+
+    def __init__(self, nodes: list[Node], structure: Structure) -> None:
+        self.nodes, self.structure = nodes, structure
+
+
+def describe(tape: Tape, loss: Tensor, position: Mapping[int, int]) -> Described | None:
+    """position: id of a parameter to serve -> its number. None where a graph is no fixed structure (a checkpoint), or
+    where something is amiss that the plan has words for."""
+    if loss.grad_fn is None:
+        return None
+    nodes: list[Node] = [loss.grad_fn]
+    index: dict[Node, int] = {loss.grad_fn: 0}
+    facts: list[Any] = []
+    for node in nodes:  # grows as we go
+        kind = type(node)
+        told = _KINDS.get(kind) or _kind(node)
+        what: Any = kind
+        if told.leaf:
+            variable = node.variable
+            (out,) = node._input_metadata
+            if out.dtype != variable.dtype or tuple(out.shape) != variable.shape:
+                return None
+            facts.append((position.get(id(variable), -1), type(variable), *out.shape, out.dtype))
+            continue
+        if told.reopens:
+            return None
+        if told.numbers:
+            what = (kind, *[_fixed(getattr(node, name)) for name in told.numbers])
+        below: list[int | None] = []
+        for child, nr in node.next_functions:
+            if child is None:
+                below.append(None)
+                continue
+            k = index.get(child)
+            if k is None:
+                k = index[child] = len(nodes)
+                nodes.append(child)
+            below += (k, nr)
+        marks: Any = node.metadata.get(tape)
+        if marks is not None:
+            marks = tuple([(nr, mark.selected, mark.output) for nr, mark in marks.items() if mark.output]) or None
+        facts.append((what, marks, *[(*out.shape, out.dtype) for out in node._input_metadata], *below))
+    return Described(nodes, tuple(facts))
+
+
+class _Kind(NamedTuple):
+    """What does not differ between nodes of one type. numbers: names of what they save besides tensors."""
+
+    leaf: bool
+    reopens: bool
+    numbers: tuple[str, ...]
+
+
+_KINDS: weakref.WeakKeyDictionary[type, _Kind] = weakref.WeakKeyDictionary()
+
+
+def _kind(node: Node) -> _Kind:
+    held = {name.removeprefix("_raw") for name in attributes(node, "_raw_saved_")}  # tensors: not to be read
+    numbers = tuple(name for name in attributes(node, "_saved_") if name not in held)
+    found = _KINDS[type(node)] = _Kind(Edge(node, 0).leaf is not None, is_reentrant(node), numbers)
+    return found
+
+
+def _fixed(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple([_fixed(v) for v in value])
+    return value if isinstance(value, (int, float, str, type(None))) else type(value)
+
+
+class Take:
+    """A node at which parameters meet a rule."""
+
+    __slots__ = ("index", "layout", "nr", "uses")
+
+    def __init__(self, index: int, nr: int, layout: Layout, uses: list[tuple[int, int, tuple[Any, ...]]]) -> None:
+        self.index, self.nr, self.layout = index, nr, layout
+        self.uses = uses  # number of the parameter, its place there, the nodes between
+
+
+class Passage:
+    """Where to look as a backward of this structure passes."""
+
+    def __init__(self, plan: Plan, found: Described, explanation: Explanation) -> None:
+        index = {node: k for k, node in enumerate(found.nodes)}
+        number = {p: k for k, p in enumerate(plan.names)}
+        self.N, self.explanation = plan.N, explanation
+        self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
+        self.uses = [len(plan.uses.of.get(p, ())) for p in plan.names]
+        self.takes: list[Take] = []
+        for key, uses in plan.uses.at.items():
+            (edge,) = plan.route.outs[key]
+            here = [(number[p], int(u.slot), tuple((index[e.node], e.nr) for e in u.chain)) for p, u in uses]
+            self.takes.append(Take(index[edge.node], edge.nr, plan.layout[edge], here))
+
+    def run(
+        self, found: Described, params: Sequence[nn.Parameter], quantities: Sequence[Quantity], call: Callable[[], Any]
+    ) -> tuple[Any, list[list[Any]]]:
+        """The user's backward, and for each parameter the result of each quantity."""
+        for q in quantities:
+            demand_samples(q, self.N)
+        reading = _Reading(self, found, params, quantities)
+        handles = [found.nodes[take.index].register_prehook(reading.at(take)) for take in self.takes]
+        try:
+            answer = call()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return answer, reading.results()
+
+
+class _Reading:
+    """One backward's worth of it."""
+
+    def __init__(
+        self, passage: Passage, found: Described, params: Sequence[nn.Parameter], quantities: Sequence[Quantity]
+    ) -> None:
+        self.passage, self.found, self.params, self.quantities = passage, found, params, quantities
+        self.open = list(passage.uses)
+        self.factors: list[list[Factor]] = [[] for _ in params]
+        self.made: list[list[Any] | None] = [None] * len(params)
+
+    def at(self, take: Take) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def see(gradients: tuple[Tensor | None, ...]) -> None:
+            g = gradients[take.nr]
+            if g is None:
+                return
+            if not torch.is_grad_enabled():
+                self._meet(take, g.unsqueeze(0))
+                return
+            with torch.no_grad():  # a backward that makes a graph
+                self._meet(take, g.detach().unsqueeze(0))
+
+        return see
+
+    def _meet(self, take: Take, G: Tensor) -> None:  # G [1, *out]
+        node = self.found.nodes[take.index]
+        rule = node_rule(node)
+        assert rule is not None
+        for k, slot, chain in take.uses:
+            factor = rule.part(node, slot, G, take.layout)
+            if chain:
+                factor = down(tuple(Edge(self.found.nodes[i], nr) for i, nr in chain), factor)
+            self.factors[k].append(factor)
+        for k, _, _ in take.uses:
+            self.open[k] -= 1
+            if not self.open[k]:
+                self._finish(k)
+
+    def _finish(self, k: int) -> None:
+        factors, self.factors[k] = self.factors[k], []
+        whole = total(factors) if factors else None
+        passage, param = self.passage, self.params[k]
+        found = []
+        for q in self.quantities:
+            factor, M = whole, passage.N
+            if q.subsample is not None:
+                M = len(q.subsample)
+                factor = whole and whole.samples(torch.tensor(q.subsample, device=param.device))
+            pieces = [] if factor is None else [(factor, None)]
+            found.append(q.reduce(Received(param, passage.N, M, passage.out_shape, pieces)))
+        self.made[k] = found
+
+    def results(self) -> list[list[Any]]:
+        """After the backward: a parameter that it did not meet has gradients of zero."""
+        for k, found in enumerate(self.made):
+            if found is None:
+                with torch.no_grad():
+                    self._finish(k)
+        return [found for found in self.made if found is not None]
+
+
+# What is remembered -----------------------------------------------------------------------------------------------
+
+_PASSAGES: weakref.WeakKeyDictionary[nn.Module, dict[Structure, Passage | None]] = weakref.WeakKeyDictionary()
+
+
+def passed(model: nn.Module) -> bool:
+    """Is there a structure of this model that is passed through?"""
+    return any(passage is not None for passage in _PASSAGES.get(model, {}).values())
+
+
+def recall(model: nn.Module, names: tuple[str, ...], found: Described) -> Passage | Literal["unknown"] | None:
+    """None: this structure is known, and there is no passage."""
+    known = _PASSAGES.get(model)
+    return "unknown" if known is None else known.get((names, found.structure), "unknown")
+
+
+def remember(model: nn.Module, names: tuple[str, ...], found: Described, passage: Passage | None) -> None:
+    known = _PASSAGES.setdefault(model, {})
+    while len(known) >= _REMEMBERED:
+        known.pop(next(iter(known)))
+    known[names, found.structure] = passage
+
+
+def may_pass(plan: Plan) -> bool:
+    """Is all that the plan found a matter of structure, and every parameter met by rules of nodes alone?"""
+    plain = not (plan.glue or plan.masked or plan.top.direct or plan.top.entwined or plan.route.calls)
+    return plan.certain and plain and not (plan.route.reopened or plan.route.recomputes)
