@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
 
 from hookjac.checkpoints import Recomputed
 from hookjac.engine import Results, Walk
@@ -109,6 +110,7 @@ class extend:
             self._switches.enter_context(_MATH_ATTENTION)
         self._open = True
         self._tape.install()
+        self._hooks = _hooks()
         self._watch.enter()
         return self
 
@@ -182,7 +184,7 @@ class extend:
             for q in self.quantities:
                 vars(p).pop(q.name, None)  # nobody shall read the last step's after an error
         described = None
-        if self._may_pass and inputs is None and len(tensors) == 1 and weights[0] is None and not self._watch.hooked:
+        if self._may_pass and inputs is None and len(tensors) == 1 and weights[0] is None and not self._hooked():
             described = describe(self._tape, tensors[0], {id(p): k for k, p in enumerate(params.values())})
             passage = None if described is None else recall(self.model, tuple(params), described)
             if described is not None and isinstance(passage, Passage):
@@ -190,7 +192,9 @@ class extend:
             described = described if passage == "unknown" else None
         # a graph made outside inference mode is differentiable inside it, but only once
         with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), _QUIET_VMAP:
+            before = _hooks()
             results = self._results(list(tensors), list(weights), members, params, described)
+            self._tape.hooks += _hooks() - before
         self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
         answer = call()
         for p in params.values():
@@ -198,11 +202,17 @@ class extend:
                 setattr(p, name, value)
         return answer
 
+    def _hooked(self) -> bool:
+        """Was a hook registered since the block began, in the model's forward or after it? It may change gradients."""
+        return _hooks() != self._hooks + self._tape.hooks
+
     def _pass(
         self, passage: Passage, described: Described, params: dict[str, nn.Parameter], call: Callable[[], Any]
     ) -> Any:
         """Nothing but gradients of samples, on a graph of known structure: they are read as the user's own pass."""
+        before = _hooks()
         answer, found = passage.run(described, list(params.values()), self.quantities, call)
+        self._tape.hooks += _hooks() - before
         for p, values in zip(params.values(), found, strict=True):
             for q, value in zip(self.quantities, values, strict=True):
                 setattr(p, q.name, value)
@@ -246,6 +256,11 @@ class extend:
                     passage = Passage(by_nodes, described, self._explanation) if may_pass(by_nodes) else None
                 remember(self.model, tuple(params), described, passage)
         return results
+
+
+def _hooks() -> int:
+    """How many hooks of any kind were ever registered in this process."""
+    return RemovableHandle.next_id
 
 
 @contextlib.contextmanager

@@ -160,6 +160,7 @@ class Tape:
         self.output = output
         self.calls_without_grad = 0
         self.calls = 0
+        self.hooks = 0  # those that we registered since it was installed
         self.given: list[weakref.ref[Tensor]] = []  # what the model was called with
         # what to do before the model runs and after
         self.around: tuple[Callable[[], None], Callable[[], None]] = (lambda: None, lambda: None)
@@ -213,6 +214,7 @@ class Tape:
                     self._root(args, kwargs, output)
 
                 last.append(module.register_forward_hook(see, with_kwargs=True))
+                self.hooks += 1
         if not self._wary or (name := self.names.get(module)) is None or not torch.is_grad_enabled():
             return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):

@@ -32,7 +32,6 @@ class Watch(TorchFunctionMode):
         self._backward, self._keep = weakref.WeakMethod(backward), keep  # no cycle may keep results alive
         self._busy = False  # our own derivatives are under way
         self._running = False  # a backward that we watch is: what it starts itself (a checkpoint) is part of it
-        self.hooked = False  # a gradient hook was put on a tensor outside the forward
         self._retained: list[weakref.ref[Tensor]] = []
         tape.around = (self._aside, self.enter)
 
@@ -79,7 +78,6 @@ class Watch(TorchFunctionMode):
         if func is torch.Tensor.retain_grad:
             self._retained.append(weakref.ref(args[0]))
         elif func is torch.Tensor.register_hook and not args[0].is_leaf:
-            self.hooked = True
             (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
             return func(tensor, self._unless_busy(hook))
         if func not in _STARTS or self._running or self._busy:
