@@ -19,8 +19,8 @@ from torch import Tensor
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor, quad_block
 from hookjac.graph import Bend, Edge, meta
-from hookjac.loss import hessian, leading_to
-from hookjac.plan import Plan, reachable
+from hookjac.loss import leading_to
+from hookjac.plan import Plan
 from hookjac.products import second_backward
 from hookjac.route import Group, Key, Stop
 from hookjac.samples import Layout, random, same
@@ -62,19 +62,6 @@ def cut(plan: Plan) -> tuple[list[Edge], list[str]]:
         else:
             stack += [after for after in route.after[key] if after is not None]
     return sorted(found, key=lambda e: not ((m := route.mark(e)) and m.selected)), bare
-
-
-def loss_hessian(plan: Plan, edges: list[Edge]) -> Tensor:  # [N, C, C]
-    route = plan.route
-    stops = {route.key(e) for e in edges}
-    network = reachable(route, stops)
-    try:
-        route.demand_twice(k for k in route.order if k in plan.needed and k not in network)
-        return hessian(plan.top.loss, [route.real(e) for e in edges], plan.N)
-    except RuntimeError as error:
-        raise HookjacError(
-            f"the loss cannot be differentiated twice in the model's output ({error}); curvature needs that."
-        ) from error
 
 
 def unit_columns(edges: Sequence[Edge], layouts: Sequence[Layout], like: Tensor) -> list[Tensor]:

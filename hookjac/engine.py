@@ -40,11 +40,13 @@ from hookjac.quantity.record import (
 from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 from hookjac.seeds import Seeds
+from hookjac.spare import emptied
 from hookjac.structured import JacTensor
 from hookjac.uses import received
 
 _CHUNK = 1 << 24  # entries of one tensor of masked columns
 
+Before = dict[tuple[int, str], Tensor]  # id of a parameter and quantity -> the last step's result, about to go
 Results = dict[int, dict[str, Any]]  # id of a parameter -> quantity -> value
 
 
@@ -63,8 +65,17 @@ class Receipt:
 class Walk:
     """One backward's worth of derivatives."""
 
-    def __init__(self, plan: Plan, quantities: Sequence[Quantity], quiet: Quiet, *, create_graph: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        quantities: Sequence[Quantity],
+        quiet: Quiet,
+        *,
+        create_graph: bool = False,
+        before: Before | None = None,
+    ) -> None:
         self.plan, self.quantities, self._quiet, self._create_graph = plan, quantities, quiet, create_graph
+        self.before = {} if before is None else before
         self.operators: dict[str, Curvature] = {}
         self.probed: dict[Probes, dict[int, tuple[Tensor, Tensor]]] = {}
         self.results: Results = {p: {} for p in plan.names}
@@ -274,4 +285,7 @@ class Walk:
         M = plan.N if q.subsample is None else len(q.subsample)
         times = self.operators[wish.curved].block(p) if isinstance(wish, Graph) else None
         probed = self.probed[wish][p] if isinstance(wish, Probes) else None
-        return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed)
+        spare = emptied(self.before, (p, q.name)) if self.before else None
+        received = Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed)
+        received.spare = spare
+        return received

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hookjac.checkpoints import is_reentrant
+from hookjac.engine import Before
 from hookjac.explain import Explanation
 from hookjac.factor import Factor, total
 from hookjac.graph import Edge, Node, attributes
@@ -26,6 +27,7 @@ from hookjac.plan import Plan
 from hookjac.quantity.record import Quantity, Received, demand_samples
 from hookjac.rule import node_rule
 from hookjac.samples import Layout
+from hookjac.spare import emptied
 from hookjac.tape import Tape
 from hookjac.uses import down
 
@@ -133,12 +135,17 @@ class Passage:
             self.takes.append(Take(index[edge.node], edge.nr, plan.layout[edge], here))
 
     def run(
-        self, found: Described, params: Sequence[nn.Parameter], quantities: Sequence[Quantity], call: Callable[[], Any]
+        self,
+        found: Described,
+        params: Sequence[nn.Parameter],
+        quantities: Sequence[Quantity],
+        before: Before,
+        call: Callable[[], Any],
     ) -> tuple[Any, list[list[Any]]]:
         """The user's backward, and for each parameter the result of each quantity."""
         for q in quantities:
             demand_samples(q, self.N)
-        reading = _Reading(self, found, params, quantities)
+        reading = _Reading(self, found, params, quantities, before)
         handles = [found.nodes[take.index].register_prehook(reading.at(take)) for take in self.takes]
         try:
             answer = call()
@@ -152,8 +159,14 @@ class _Reading:
     """One backward's worth of it."""
 
     def __init__(
-        self, passage: Passage, found: Described, params: Sequence[nn.Parameter], quantities: Sequence[Quantity]
+        self,
+        passage: Passage,
+        found: Described,
+        params: Sequence[nn.Parameter],
+        quantities: Sequence[Quantity],
+        before: Before,
     ) -> None:
+        self.before = before
         self.passage, self.found, self.params, self.quantities = passage, found, params, quantities
         self.open = list(passage.uses)
         self.factors: list[list[Factor]] = [[] for _ in params]
@@ -197,7 +210,10 @@ class _Reading:
                 M = len(q.subsample)
                 factor = whole and whole.samples(torch.tensor(q.subsample, device=param.device))
             pieces = [] if factor is None else [(factor, None)]
-            found.append(q.reduce(Received(param, passage.N, M, passage.out_shape, pieces)))
+            got = Received(param, passage.N, M, passage.out_shape, pieces)
+            if self.before:
+                got.spare = emptied(self.before, (id(param), q.name))
+            found.append(q.reduce(got))
         self.made[k] = found
 
     def results(self) -> list[list[Any]]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from hookjac import curvature
-from hookjac.curvature import Averaging, Bundle, Stepwise, cut, loss_hessian, unit_columns
+from hookjac.curvature import Averaging, Bundle, Stepwise, cut, unit_columns
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, meta, saved
+from hookjac.head import Head
 from hookjac.plan import Plan
 from hookjac.quantity.record import GGN, Averaged, Diagonal, Graph, Hessian, Loss, Output, Sampled, Wish
 from hookjac.roads import Roads, choose, refuse_endless
@@ -72,7 +73,7 @@ class Seeds:
         self._seed_outputs()
         if self._named(GGN, Sampled, Averaged, Diagonal) or by_columns:
             with torch.enable_grad():
-                self._seed_curvature(loss_hessian(plan, self.edges), by_columns)
+                self._seed_curvature(Head(plan, self.edges), by_columns)
 
     def _choose_roads(self, bare: list[str]) -> None:
         wishes = [wish for wish in self.asked if isinstance(wish, Hessian)]
@@ -130,7 +131,7 @@ class Seeds:
             if wish.rows is not None:
                 self.some[wish] = torch.tensor([rows.index(r) for r in wish.rows], device=meta(edge)[2])
 
-    def _seed_curvature(self, H: Tensor, by_columns: bool) -> None:
+    def _seed_curvature(self, head: Head, by_columns: bool) -> None:
         plan, edges = self.plan, self.edges
         if not edges:
             return
@@ -139,26 +140,24 @@ class Seeds:
         if self._named(GGN) or by_columns:
             if output is not None and edges == plan.selected:
                 first = output  # the same unit columns serve both
-                first.metric = H
+                first.metric = head.metric()
             else:
-                first = Group("ggn", H.shape[1], H)
+                first = Group("ggn", head.metric().shape[1], head.metric())
                 self._enter(first, edges, self._units(edges))
             self.groups[GGN()] = first
         for wish in self.asked:
             if isinstance(wish, Sampled):
-                columns, metric = draw(H, wish)
-                self.groups[wish] = Group("sampled", len(columns), metric)
-                self._enter(self.groups[wish], edges, self._apart(columns))
+                columns, metric = head.draw(wish)
+                self.groups[wish] = Group("sampled", len(columns[0]), metric)
+                self._enter(self.groups[wish], edges, columns)
         if by_columns and self.roads is not None and first is not None:
             keep = bool(self._named(GGN)) or first is output
             self.bundle = Bundle(plan, self.roads.curves, self.roads.active, first, keep)
-        steps: dict[Wish, tuple[type[Stepwise], Tensor]] = {
-            Averaged(): (Averaging, H.mean(0).expand_as(H)),
-            Diagonal(): (curvature.Diagonal, H.diagonal(dim1=1, dim2=2)),
-        }
         for wish in self.asked:
-            if wish in steps:
-                kind, metric = steps[wish]
+            if isinstance(wish, (Averaged, Diagonal)):
+                kind = Averaging if isinstance(wish, Averaged) else curvature.Diagonal
+                H = head.full()
+                metric = H.mean(0).expand_as(H) if kind is Averaging else H.diagonal(dim1=1, dim2=2)
                 first = Group(kind.name, H.shape[1], metric)
                 self._enter(first, edges, self._units(edges))
                 self.stepwise[wish] = kind(plan, first, self.loss)
@@ -170,31 +169,3 @@ class Seeds:
     def _units(self, edges: list[Edge]) -> list[Tensor]:
         _, dtype, device = meta(edges[0])
         return unit_columns(edges, [self.plan.layout[e] for e in edges], torch.zeros((), dtype=dtype, device=device))
-
-    def _apart(self, columns: Tensor) -> list[Tensor]:  # [V, N, C] -> [V, *tensor] each
-        N, layout = self.plan.N, self.plan.layout
-        parts = columns.split([e.shape.numel() // N for e in self.edges], 2)
-        return [
-            layout[edge].join(t.reshape(len(columns), N, -1), edge.shape).to(meta(edge)[1])
-            for edge, t in zip(self.edges, parts, strict=True)
-        ]
-
-
-def draw(H: Tensor, wish: Sampled) -> tuple[Tensor, Tensor]:  # H [N, C, C] -> [V, N, C], metric
-    """Random columns with second moment H: its root times random signs.
-
-    Where H has negative eigenvalues there is no real root: two columns u and w for each draw, with E[u wᵀ] = H.
-    """
-    K, (N, C, _) = wish.samples, H.shape
-    values, vectors = torch.linalg.eigh(H)
-    device = wish.generator.device if wish.generator is not None else H.device
-    signs = torch.randint(0, 2, (K, N, C), generator=wish.generator, device=device).to(H) * 2 - 1
-    size = values.abs().sqrt()
-    u = torch.einsum("ncd,knd->knc", vectors * size.unsqueeze(1), signs)
-    rounding = C * torch.finfo(H.dtype).eps * values.abs().amax(1, keepdim=True) if H.numel() else values
-    if bool((values >= -rounding).all()):
-        return u, H.new_full((N, K), 1 / K)
-    w = torch.einsum("ncd,knd->knc", vectors * (size * values.sign()).unsqueeze(1), signs)
-    eye = torch.eye(K, dtype=H.dtype, device=H.device) / (2 * K)
-    pairs = torch.cat([torch.cat([0 * eye, eye], 1), torch.cat([eye, 0 * eye], 1)])
-    return torch.cat([u, w]), pairs.expand(N, 2 * K, 2 * K)

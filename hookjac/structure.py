@@ -79,17 +79,18 @@ def _into(route: Route, key: Key, edge: Edge, layout: Layout | None) -> Placed:
 _IN_ORDER = {
     "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward0",
     "SqueezeBackward1", "SqueezeBackward2", "NegBackward0", "CloneBackward0", "ToCopyBackward0", "AliasBackward0",
-    "DivBackward1",
+    "DivBackward1", "MulBackward1",
 }  # fmt: skip
 _LINEAR = _IN_ORDER | {
     "SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1", "NllLossBackward0", "NllLoss2DBackward0",
     "TBackward0", "TransposeBackward0", "PermuteBackward0", "SelectBackward0", "SliceBackward0", "ExpandBackward0",
     "StackBackward0", "CatBackward0", "IndexBackward0", "MaskedSelectBackward0", "UnbindBackward0", "SplitBackward0",
+    "MaskedFillBackward0",
 }  # fmt: skip
 # linear in each operand, and entry by entry
 _ARITHMETIC = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0"}
 # entry by entry, perhaps summed up
-_SEPARATE = {
+SEPARATE = {
     "MseLossBackward0", "BinaryCrossEntropyWithLogitsBackward0", "BinaryCrossEntropyBackward0", "HuberLossBackward0",
     "SmoothL1LossBackward0", "AbsBackward0", "ExpBackward0", "LogBackward0", "Log1PBackward0", "PowBackward0",
     "SigmoidBackward0", "LogSigmoidBackward0", "SoftplusBackward0", "ReluBackward0", "TanhBackward0", "SqrtBackward0",
@@ -121,6 +122,17 @@ def separable(route: Route, above: Iterable[Key], frontier: Sequence[Edge], N: i
     return all(not (b := blocks.get(e, 0)) or (e.shape.numel() // N) % b == 0 for e in frontier)
 
 
+def scales_linearly(route: Route, key: Key) -> bool:
+    """Is a station linear in all that it is given together, with coefficients that hold no gradient?"""
+    name, after = type(key).__name__, route.after[key]
+    if key in route.calls:
+        return False
+    if name in _ARITHMETIC:
+        only = sum(e is not None for e in after) == 1 and (name != "DivBackward0" or after[0] is not None)
+        return name in ("AddBackward0", "SubBackward0") or only
+    return name in _LINEAR
+
+
 def _met(route: Route, key: Key, block: int) -> int | None:
     """How many entries of what goes into a node may meet, given those of what comes out."""
     name, (edge, *others) = type(key).__name__, route.outs[key]
@@ -134,7 +146,7 @@ def _met(route: Route, key: Key, block: int) -> int | None:
         if name in ("AddBackward0", "SubBackward0") or linear:
             return block if not block or alike else None
         return max(block, 1) if alike else None
-    if name in _SEPARATE:
+    if name in SEPARATE:
         return max(block, 1) if alike or (not block and len({e.shape for e in after}) == 1) else None
     if name in _ALONG and alike:
         rows = edge.shape[signed(key._saved_dim) % max(len(edge.shape), 1) :].numel()

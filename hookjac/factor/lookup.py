@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hookjac.factor.dense import Dense
 from hookjac.factor.metric import CHUNK, quad_rows, root, summed_block, weighed
+from hookjac.spare import room
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ class Lookup:
         place, m = (chosen[:, None] == self.sample[None, :]).nonzero(as_tuple=True)
         return replace(self, g=self.g[:, m], row=self.row[m], sample=place, N=len(chosen))
 
-    def dense(self) -> Tensor:  # [V, N, *p]
-        V, _, d = self.g.shape
-        out = self.g.new_zeros(self.N * self.rows, V, d)
-        out = out.index_add(0, self.sample * self.rows + self.row, self.g.transpose(0, 1))
-        return out.reshape(self.N, self.rows, V, d).permute(2, 0, 1, 3).reshape(V, self.N, *self.param)
+    def dense(self, spare: Tensor | None = None) -> Tensor:  # [V, N, *p]
+        V, M, d = self.g.shape
+        into = room(spare, (self.N * V * self.rows, d), self.g) if not torch.is_grad_enabled() else None
+        out = self.g.new_zeros(self.N * V * self.rows, d) if into is None else into.zero_()
+        column = torch.arange(V, device=self.row.device).unsqueeze(1)
+        place = (self.sample * V + column) * self.rows + self.row  # [V, M]
+        out = out.index_add_(0, place.reshape(-1), self.g.reshape(V * M, d))
+        return out.reshape(self.N, V, *self.param).transpose(0, 1)
 
     def parted(self) -> bool:
         return False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hookjac.factor.dense import Dense
 from hookjac.factor.metric import CHUNK, is_unit, quad_rows, root, shared, summed_block, weighed
+from hookjac.spare import room
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class Outer:
 
     def _fold(self, t: Tensor) -> Tensor:  # [..., B, o, i] -> [..., *p]
         t = t.transpose(-1, -2) if self.swapped else t
-        lead = t.shape[:-3]
-        return t.flatten(-3, -2) if self.shape is None else t.reshape(*lead, *self.shape)
+        return t.reshape(*t.shape[:-3], *self.param)
 
     def _unfold(self, t: Tensor) -> Tensor:  # [K, *p] -> [K, B, o, i]
         B, o, i = self.g.shape[2], self.g.shape[4], self.a.shape[3]
@@ -65,15 +65,22 @@ class Outer:
         step = max(1, CHUNK // max(1, self.V * self.param.numel()))
         return (slice(n, n + step) for n in range(0, self.N, step))
 
-    def dense(self) -> Tensor:
-        """[V, N, *p]; lies in memory with N first, as results are handed out."""
+    def dense(self, spare: Tensor | None = None) -> Tensor:
+        """[V, N, *p]; lies in memory with N first, as results are handed out. spare: memory to be written over."""
         g, a = self.g.transpose(0, 1), self.a.unsqueeze(1)  # [N, V, B, L, o], [N, 1, B, L, i]
-        if g.shape[3] == 1:
-            # a broadcast product beats einsum and bmm for plain outer products
-            out = g[:, :, :, 0, :, None] * a[:, :, :, 0, None, :]
+        left, right = (a, g) if self.swapped else (g, a)
+        N, V, B, L, _ = g.shape
+        r, c = left.shape[4], right.shape[4]
+        into = room(spare, (N, V, B, r, c), g) if not torch.is_grad_enabled() else None
+        if L == 1:  # a broadcast product beats einsum and bmm for plain outer products
+            out = torch.mul(left[:, :, :, 0, :, None], right[:, :, :, 0, None, :], out=into)
+        elif V > 1 and B == 1 and not self.swapped:  # all columns at once, the inputs in one copy
+            rows = left[:, :, 0].transpose(2, 3).reshape(N, V * r, L)
+            out = torch.bmm(rows, a[:, 0, 0], out=None if into is None else into.view(N, V * r, c))
+            out = out.view(N, V, B, r, c)
         else:
-            out = g.transpose(3, 4) @ a
-        return self._fold(out).transpose(0, 1)
+            out = torch.matmul(left.transpose(3, 4), right, out=into)
+        return out.reshape(N, V, *self.param).transpose(0, 1)
 
     def parted(self) -> bool:
         return self.g.shape[3] == 1 and is_unit(self.g[:, :, :, 0].flatten(2))

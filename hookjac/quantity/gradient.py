@@ -27,13 +27,13 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Sam
         raise ValueError(f"loss_reduction must be 'sum' or 'mean', got {loss_reduction!r}")
 
     def reduce(got: Received) -> Tensor:
-        out = own(got.factor)[0] if got.factor is not None else got.zeros(got.M)
+        out = own(got.factor, got.spare)[0] if got.factor is not None else got.zeros(got.M)
         if got.direct is not None:
             out = out + got.direct.head / got.N
         out = out * got.N if loss_reduction == "mean" else out
         return out.to(got.param.dtype).contiguous()  # autocast works in another
 
-    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample))
+    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample), rewrites=True)
 
 
 def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
@@ -152,7 +152,7 @@ def _shared(got: Received) -> tuple[Tensor, Tensor]:
     return with_it, share.square().sum()
 
 
-def own(factor: Factor) -> Tensor:
+def own(factor: Factor, spare: Tensor | None = None) -> Tensor:
     """The dense contribution in memory of its own: results must not be views of each other or of the graph."""
-    t = factor.dense()
+    t = factor.dense(spare)
     return t.clone(memory_format=torch.contiguous_format) if isinstance(factor, Dense) and not factor.fresh else t

@@ -1,0 +1,1 @@
+"""How fast, against whom, on what: `python -m benchmarks` prints the table."""

@@ -1,0 +1,83 @@
+"""Measuring: contenders in turn, so that whatever else the machine does happens to all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peak import Peak
+
+from benchmarks.workloads import Job
+
+SECONDS, ROUNDS = 6.0, (3, 200)  # for a cell; the fewest and the most rounds
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def once(step: Callable[[], Any]) -> float:
+    synchronise()
+    start = time.perf_counter()
+    step()
+    synchronise()
+    return time.perf_counter() - start
+
+
+class Turns:
+    """Every other contender's turn before each of ours: `setup` of a pedantic benchmark."""
+
+    def __init__(self, others: dict[str, Callable[[], Any]]) -> None:
+        self.others = others
+        self.times: dict[str, list[float]] = {name: [] for name in others}
+
+    def __call__(self) -> None:
+        for name, step in self.others.items():
+            self.times[name].append(once(step))
+        synchronise()
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(times) for name, times in self.times.items()}
+
+
+def rounds(steps: list[Callable[[], Any]]) -> int:
+    """As many as fit into the time of a cell, after one to warm up."""
+    for step in steps:
+        once(step)
+    total = sum(once(step) for step in steps)
+    return int(min(ROUNDS[1], max(ROUNDS[0], SECONDS / total)))
+
+
+def peak(step: Callable[[], Any]) -> int:
+    """Bytes that are alive at once, results included."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with Peak() as found:
+        step()
+    return found.bytes
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that can be written to memory which has been used before."""
+    t = torch.empty(1 << 26, device=device)
+    return t.nbytes / min(once(lambda: t.fill_(1.0)) for _ in range(5))
+
+
+def column(job: Job) -> float:
+    """Seconds of one more cotangent through the model, in its activations alone."""
+    taps: list[torch.Tensor] = []
+    handle = next(m for m in job.model.modules() if any(True for _ in m.parameters(recurse=False)))
+    hook = handle.register_forward_hook(lambda module, args, out: taps.append(out))
+    out = job.model(job.x)
+    hook.remove()
+    cotangent = torch.randn_like(out)
+    return statistics.median(
+        once(lambda: torch.autograd.grad(out, taps[0], cotangent, retain_graph=True)) for _ in range(7)
+    )

@@ -1,0 +1,196 @@
+"""The loss's second derivative in the model's outputs: in closed form for the losses that people use, else by products.
+
+Where everything above one node is linear, that node alone bends, and its second derivative is known:
+
+log-softmax       -sum(G) (diag p - p pᵀ) for each row, with G the loss gradient at the node's output and p the softmax
+entry by entry    a diagonal: one product with ones gives it (squared error, logistic, Huber, ...)
+
+Neither needs C products of a double backward, nor the eigenvectors of an [N, C, C], of which the random columns of
+`ggn_diag_mc` and `kfac` are made otherwise: a language model's [T, vocabulary] logits would be out of reach.
+
+N samples · C entries of one sample's outputs · V columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hookjac.errors import HookjacError
+from hookjac.graph import Bend, Edge, gradients, meta, pull, signed
+from hookjac.loss import hessian, leading_to
+from hookjac.plan import Plan
+from hookjac.quantity.record import Sampled
+from hookjac.structure import SEPARATE, scales_linearly
+
+_LARGEST = 1 << 28  # entries of [N, C, C]: two gigabytes in float64
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """scale (diag p - p pᵀ) along `dim`."""
+
+    p: Tensor
+    scale: Tensor  # 1 along `dim`
+    dim: int
+
+    def root(self, e: Tensor) -> tuple[Tensor, Tensor | None]:  # e [V, *t]
+        """Columns with this second moment if e has that of the identity; the second of a pair where a sign is needed.
+
+        S = diag √p - p √pᵀ has S Sᵀ = diag p - p pᵀ.
+        """
+        e = e * self.p.sqrt()
+        u = (e - self.p * e.sum(self.dim + 1, keepdim=True)) * self.scale.abs().sqrt()
+        return u, None if bool((self.scale >= 0).all()) else u * self.scale.sign()
+
+    def dense(self, N: int) -> Tensor | None:  # -> [N, C, C], or [N, C] if that is diagonal
+        if self.p.dim() != 2 or self.dim != 1:
+            return None
+        weighed = self.p * self.scale
+        return torch.diag_embed(weighed) - weighed.unsqueeze(2) * self.p.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class _Diagonal:
+    """Entry by entry."""
+
+    d: Tensor
+
+    def root(self, e: Tensor) -> tuple[Tensor, Tensor | None]:
+        u = e * self.d.abs().sqrt()
+        return u, None if bool((self.d >= 0).all()) else u * self.d.sign()
+
+    def dense(self, N: int) -> Tensor | None:
+        return self.d.reshape(N, self.d.numel() // max(1, N))
+
+
+@dataclass(eq=False)
+class Head:
+    """The Hessian of the loss in `edges`, joint for each sample."""
+
+    plan: Plan
+    edges: list[Edge]
+    form: _Softmax | _Diagonal | None = field(init=False, default=None)
+    chain: list[Edge] = field(init=False, default_factory=list)  # from what bends down to the model's output
+    _dense: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if len(self.edges) == 1:
+            self._look(self.edges[0])
+
+    def _look(self, edge: Edge) -> None:
+        """Up from the output by ways of one thread to the one node that bends."""
+        route = self.plan.route
+        above = leading_to(route, [edge])
+        if route.real(edge) != edge or any(key in route.calls for key in above):
+            return
+        at, chain = edge, list[Edge]()
+        while True:
+            here = [key for key in above if at in route.after[key]]
+            if len(here) != 1 or len(route.outs[here[0]]) != 1 or sum(e is not None for e in route.after[here[0]]) != 1:
+                return
+            (key,) = here
+            (out,) = route.outs[key]
+            if not scales_linearly(route, key):
+                break
+            if out in route.starts:
+                return
+            chain.insert(0, out)
+            at = out
+        name = type(key).__name__
+        if (name not in SEPARATE and name != "LogSoftmaxBackward0") or meta(at)[1].is_complex:
+            return
+        if not all(scales_linearly(route, k) for k in leading_to(route, [out])):
+            return
+        (G,) = gradients([self.plan.top.loss], [out], [None])
+        if name == "LogSoftmaxBackward0":
+            dim = signed(key._saved_dim) % max(1, G.dim())
+            if G.shape != at.shape or not G.dim():
+                return
+            self.form = _Softmax(key._saved_result.detach().exp(), -G.sum(dim, keepdim=True), dim)
+        else:
+            raw = route.raw(key, [at])
+            bend = Bend(key, {out.nr: G}, raw)
+            _, dtype, device = meta(at)
+            self.form = _Diagonal(bend.times([torch.ones((1, *at.shape), dtype=dtype, device=device)])[0][0].detach())
+        self.chain = chain
+
+    def metric(self) -> Tensor:
+        """[N, C, C]; [N, C] where that is a diagonal."""
+        if self._dense is None:
+            N = self.plan.N
+            known = None if self.form is None or self.chain else self.form.dense(N)
+            self._dense = self._by_products() if known is None else known
+        return self._dense
+
+    def full(self) -> Tensor:
+        """[N, C, C]."""
+        found = self.metric()
+        return torch.diag_embed(found) if found.dim() == 2 else found
+
+    def draw(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
+        """Random columns [V, *tensor] of each edge whose second moment is this Hessian, and their metric."""
+        K, N, form = wish.samples, self.plan.N, self.form
+        if form is None:
+            return self._draw_apart(wish)
+        like = form.p if isinstance(form, _Softmax) else form.d
+        u, w = form.root(_signs((K, *like.shape), like, wish))
+        t = u if w is None else torch.cat([u, w])
+        for edge in self.chain:
+            found = [c for c in pull(edge.node, {edge.nr: t}) if c is not None]
+            (t,) = found
+        return [t.to(meta(self.edges[0])[1])], _metric(K, N, like, paired=w is not None)
+
+    def _draw_apart(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
+        """From the eigenvectors of each sample's own."""
+        H, N, layout = self.full(), self.plan.N, self.plan.layout
+        values, vectors = torch.linalg.eigh(H)
+        signs = _signs((wish.samples, *values.shape), H, wish)
+        size = values.abs().sqrt()
+        u = torch.einsum("ncd,knd->knc", vectors * size.unsqueeze(1), signs)
+        rounding = H.shape[1] * torch.finfo(H.dtype).eps * values.abs().amax(1, keepdim=True) if H.numel() else values
+        paired = not bool((values >= -rounding).all())
+        if paired:
+            w = torch.einsum("ncd,knd->knc", vectors * (size * values.sign()).unsqueeze(1), signs)
+            u = torch.cat([u, w])
+        parts = u.split([e.shape.numel() // N for e in self.edges], 2)
+        columns = [
+            layout[edge].join(t.reshape(len(u), N, -1), edge.shape).to(meta(edge)[1])
+            for edge, t in zip(self.edges, parts, strict=True)
+        ]
+        return columns, _metric(wish.samples, N, H, paired=paired)
+
+    def _by_products(self) -> Tensor:
+        plan, route, N = self.plan, self.plan.route, self.plan.N
+        C = sum(e.shape.numel() // max(1, N) for e in self.edges)
+        if N * C * C > _LARGEST:
+            raise HookjacError(
+                f"the loss's Hessian in the model's outputs would take {N} x {C} x {C} entries, more than fit in "
+                "memory. Ask for what needs no such matrix: ggn_mp (products), kfac with fisher='empirical', "
+                "grad_sample; or ggn_diag_mc and kfac under a loss whose Hessian has a closed form (cross entropy, "
+                "squared or logistic errors); or take fewer outputs."
+            )
+        network = leading_to(route, self.edges)
+        try:
+            route.demand_twice(k for k in route.order if k in plan.needed and k in network)
+            return hessian(plan.top.loss, [route.real(e) for e in self.edges], N)
+        except RuntimeError as error:
+            raise HookjacError(
+                f"the loss cannot be differentiated twice in the model's output ({error}); curvature needs that."
+            ) from error
+
+
+def _signs(shape: tuple[int, ...], like: Tensor, wish: Sampled) -> Tensor:
+    device = wish.generator.device if wish.generator is not None else like.device
+    return torch.randint(0, 2, shape, generator=wish.generator, device=device).to(like) * 2 - 1
+
+
+def _metric(K: int, N: int, like: Tensor, *, paired: bool) -> Tensor:
+    """Of K random columns; or of K pairs u and w with E[u wᵀ] = H, where a negative eigenvalue allows no real root."""
+    if not paired:
+        return like.new_full((N, K), 1 / K)
+    eye = torch.eye(K, dtype=like.dtype, device=like.device) / (2 * K)
+    pairs = torch.cat([torch.cat([0 * eye, eye], 1), torch.cat([eye, 0 * eye], 1)])
+    return pairs.expand(N, 2 * K, 2 * K)
