@@ -40,7 +40,7 @@ from hookjac.quantity.record import (
 from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 from hookjac.seeds import Seeds
-from hookjac.spare import emptied
+from hookjac.memory import emptied
 from hookjac.structured import JacTensor
 from hookjac.uses import received
 
@@ -285,7 +285,7 @@ class Walk:
         M = plan.N if q.subsample is None else len(q.subsample)
         times = self.operators[wish.curved].block(p) if isinstance(wish, Graph) else None
         probed = self.probed[wish][p] if isinstance(wish, Probes) else None
-        spare = emptied(self.before, (p, q.name)) if self.before else None
+        spare = emptied(self.before, (p, q.name)) if q.rewrites and self.before else None
         received = Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed)
         received.spare = spare
         return received

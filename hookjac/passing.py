@@ -27,7 +27,7 @@ from hookjac.plan import Plan
 from hookjac.quantity.record import Quantity, Received, demand_samples
 from hookjac.rule import node_rule
 from hookjac.samples import Layout
-from hookjac.spare import emptied
+from hookjac.memory import emptied
 from hookjac.tape import Tape
 from hookjac.uses import down
 
@@ -211,7 +211,7 @@ class _Reading:
                 factor = whole and whole.samples(torch.tensor(q.subsample, device=param.device))
             pieces = [] if factor is None else [(factor, None)]
             got = Received(param, passage.N, M, passage.out_shape, pieces)
-            if self.before:
+            if q.rewrites and self.before:
                 got.spare = emptied(self.before, (id(param), q.name))
             found.append(q.reduce(got))
         self.made[k] = found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookjac.factor.dense import Dense
 from hookjac.factor.metric import CHUNK, quad_rows, root, summed_block, weighed
-from hookjac.spare import room
+from hookjac.memory import room
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Lookup:
 
     def dense(self, spare: Tensor | None = None) -> Tensor:  # [V, N, *p]
         V, M, d = self.g.shape
-        into = room(spare, (self.N * V * self.rows, d), self.g) if not torch.is_grad_enabled() else None
+        into = room(spare, (self.N * V * self.rows, d), self.g)
         out = self.g.new_zeros(self.N * V * self.rows, d) if into is None else into.zero_()
         column = torch.arange(V, device=self.row.device).unsqueeze(1)
         place = (self.sample * V + column) * self.rows + self.row  # [V, M]

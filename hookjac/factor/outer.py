@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookjac.factor.dense import Dense
 from hookjac.factor.metric import CHUNK, is_unit, quad_rows, root, shared, summed_block, weighed
-from hookjac.spare import room
+from hookjac.memory import room
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Outer:
         left, right = (a, g) if self.swapped else (g, a)
         N, V, B, L, _ = g.shape
         r, c = left.shape[4], right.shape[4]
-        into = room(spare, (N, V, B, r, c), g) if not torch.is_grad_enabled() else None
+        into = room(spare, (N, V, B, r, c), g, a)
         if L == 1:  # a broadcast product beats einsum and bmm for plain outer products
             out = torch.mul(left[:, :, :, 0, :, None], right[:, :, :, 0, None, :], out=into)
         elif V > 1 and B == 1 and not self.swapped:  # all columns at once, the inputs in one copy

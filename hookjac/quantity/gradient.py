@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hookjac.factor import Dense, Factor, add_gram, root
 from hookjac.graph import saved
+from hookjac.memory import handed_out
 from hookjac.quantity.record import Adds, Quantity, Received, chosen
 
 Samples = Sequence[int] | Tensor | None
@@ -31,7 +32,7 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Sam
         if got.direct is not None:
             out = out + got.direct.head / got.N
         out = out * got.N if loss_reduction == "mean" else out
-        return out.to(got.param.dtype).contiguous()  # autocast works in another
+        return handed_out(out.to(got.param.dtype).contiguous())  # autocast works in another
 
     return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample), rewrites=True)
 
