@@ -20,6 +20,7 @@ from torch import Tensor
 from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, total
 from hookjac.graph import Edge, edge_of, saved
+from hookjac.memory import emptied
 from hookjac.operator import Curvature, Quiet
 from hookjac.plan import Plan
 from hookjac.products import Product
@@ -40,7 +41,6 @@ from hookjac.quantity.record import (
 from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 from hookjac.seeds import Seeds
-from hookjac.memory import emptied
 from hookjac.structured import JacTensor
 from hookjac.uses import received
 

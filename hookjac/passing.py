@@ -23,11 +23,11 @@ from hookjac.engine import Before
 from hookjac.explain import Explanation
 from hookjac.factor import Factor, total
 from hookjac.graph import Edge, Node, attributes
+from hookjac.memory import emptied
 from hookjac.plan import Plan
 from hookjac.quantity.record import Quantity, Received, demand_samples
 from hookjac.rule import node_rule
 from hookjac.samples import Layout
-from hookjac.memory import emptied
 from hookjac.tape import Tape
 from hookjac.uses import down
 

@@ -224,7 +224,7 @@ class Route:
         for edge, columns in incoming.items():
             parts = [columns[g] if g in columns else _nothing(edge, g.size) for g in groups]
             joined[edge.nr] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        found = pull(key, joined)
+        found = pull(key, joined, [k for k, edge in enumerate(after) if edge is not None])
         for below, t in zip(after, found, strict=True):
             if below is None or t is None:
                 continue

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hookjac.factor import Factor
 from hookjac.graph import Edge, Node, gradients, meta
+from hookjac.memory import passed, scaled_by
 from hookjac.samples import Layout
 
 
@@ -123,7 +124,7 @@ def elementwise(
 
     def pull(call: Call, G: Tensor) -> Tensor:
         slope = d1(call)
-        return G.masked_fill(~slope, 0) if slope.dtype == torch.bool else G * slope
+        return passed(G, slope) if slope.dtype == torch.bool else scaled_by(G, slope)
 
     def bend(call: Call, g: Tensor) -> Tensor:
         assert d2 is not None

@@ -17,9 +17,11 @@ from torch import Tensor
 from hookjac.factor import Dense, Factor, Outer
 from hookjac.graph import Edge, Node, saved
 from hookjac.layers.broadcast import operand
+from hookjac.memory import room
 from hookjac.places import place, rows_of_first
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
+from hookjac.ways import way
 
 
 def patches(t: Tensor, groups: int, sizes: Sequence[int], kernel: Sequence[int], node: Node) -> Tensor:
@@ -33,8 +35,8 @@ def patches(t: Tensor, groups: int, sizes: Sequence[int], kernel: Sequence[int],
     M, C = t.shape[:2]
     split = (M, groups, C // groups, *sizes, *kernel)
     view = t.as_strided(split, (t.stride(0), t.stride(1) * (C // groups), t.stride(1), *slides, *reaches))
-    order = (0, 1, *range(3, 3 + n), 2, *range(3 + n, 3 + 2 * n))
-    return view.permute(order).flatten(2 + n).flatten(2, 1 + n)
+    order = (0, 1, 2, *range(3 + n, 3 + 2 * n), *range(3, 3 + n))  # positions last: they are next to each other
+    return view.permute(order).flatten(2, 2 + n).flatten(3).transpose(2, 3)
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:  # [M, C, *space] -> [M, B, L, C/B]
@@ -60,6 +62,26 @@ def _part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, 
     return Outer(_apart(g, V, layout), _apart(a, 1, layout)[0], weight, swapped=node._saved_transposed)
 
 
+_LARGE = 1 << 18  # entries of a column, from which on one after the other is faster: they stay in the cache
+
+
+def _pull(node: Node, G: Tensor, shape: torch.Size) -> Tensor:  # [V, rows, O, *space] -> [V, *in]
+    """What autograd's node does, without the weight's gradient."""
+    weight, mask = node._saved_weight, [True, False, False]
+    like = G.new_empty(())  # of the input, only the shape matters
+
+    def back(g: Tensor) -> Tensor:
+        x = like.expand(len(g), *shape[1:])
+        return torch.ops.aten.convolution_backward(
+            g, x, weight, None, node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed,
+            node._saved_output_padding, node._saved_groups, mask,
+        )[0]  # fmt: skip
+
+    if len(G) > 1 and G[0].numel() > _LARGE and not G.is_cuda:
+        return torch.stack([back(g) for g in G], out=room(None, (len(G), *shape), G))
+    return back(G.reshape(-1, *G.shape[2:])).view(len(G), *shape)
+
+
 def _channels_as_samples(node: Node, layout: Layout) -> str | None:
     if layout.axis != 1 or layout.N == 1:
         return None
@@ -81,3 +103,4 @@ register(
     )
 )
 place("ConvolutionBackward0", into=rows_of_first)
+way("ConvolutionBackward0", into={0: _pull})

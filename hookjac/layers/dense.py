@@ -14,6 +14,7 @@ from hookjac.layers.broadcast import stretched as was_stretched
 from hookjac.places import Placed, Shapes, place, rows_of_first, stretched
 from hookjac.rule import Call, NodeRule, Rule, register
 from hookjac.samples import Layout
+from hookjac.ways import Way, way
 
 
 def _positions(t: Tensor) -> Tensor:  # [V, N, *positions, d] -> [V, N, L, d], views where possible
@@ -209,6 +210,23 @@ def _behind(product: Callable[[Node, Layout, torch.Size, Shapes], Placed]) -> Ca
 
     return into
 
+
+def _scaled(t: Tensor, by: float) -> Tensor:
+    return t if by == 1 else t * by
+
+
+def _addmm_way(slot: int) -> Way:
+    def back(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
+        other = node._saved_mat2 if slot == 1 else node._saved_mat1
+        return _scaled(G @ other.mT if slot == 1 else other.mT @ G, node._saved_alpha)
+
+    return back
+
+
+# the way on of columns, without what the weight gets from each
+way("MmBackward0", into={0: lambda n, G, shape: G @ n._saved_mat2.mT, 1: lambda n, G, shape: n._saved_self.mT @ G})
+way("BmmBackward0", into={0: lambda n, G, shape: G @ n._saved_mat2.mT, 1: lambda n, G, shape: n._saved_self.mT @ G})
+way("AddmmBackward0", into={0: lambda n, G, shape: _scaled(G, n._saved_beta), 1: _addmm_way(1), 2: _addmm_way(2)})
 
 place("MmBackward0", into=_mm_place, product=True)
 place("AddmmBackward0", into=_behind(_mm_place), product=True)
