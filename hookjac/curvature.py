@@ -11,7 +11,7 @@ N samples · D features of one sample at a tensor · V columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from torch import Tensor
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor, quad_block
 from hookjac.graph import Bend, Edge, meta
+from hookjac.head import unit_columns
 from hookjac.loss import leading_to
 from hookjac.plan import Plan
 from hookjac.products import second_backward
 from hookjac.route import Group, Key, Stop
-from hookjac.samples import Layout, random, same
+from hookjac.samples import random, same
 from hookjac.uses import Use, mixed
 
 _BLOCK = 1 << 27  # entries of one dense block [N, D, D]: a gigabyte in float64
@@ -62,18 +63,6 @@ def cut(plan: Plan) -> tuple[list[Edge], list[str]]:
         else:
             stack += [after for after in route.after[key] if after is not None]
     return sorted(found, key=lambda e: not ((m := route.mark(e)) and m.selected)), bare
-
-
-def unit_columns(edges: Sequence[Edge], layouts: Sequence[Layout], like: Tensor) -> list[Tensor]:
-    """Unit vectors of the joint features of several tensors, the same for every sample: [D, *tensor] each."""
-    rests = [layout.split(like.expand(1, *edge.shape)).shape[2:] for edge, layout in zip(edges, layouts, strict=True)]
-    sizes = [rest.numel() for rest in rests]
-    eye = torch.eye(sum(sizes), dtype=like.dtype, device=like.device)
-    found = []
-    for edge, layout, rest, part in zip(edges, layouts, rests, eye.split(sizes, 1), strict=True):
-        t = part.reshape(part.shape[0], 1, *rest).expand(-1, layout.N, *rest)
-        found.append(layout.join(t, edge.shape))
-    return found
 
 
 def features(edge: Edge, N: int) -> int:

@@ -13,6 +13,7 @@ N samples · C entries of one sample's outputs · V columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,9 +24,22 @@ from hookjac.graph import Bend, Edge, gradients, meta, pull, signed
 from hookjac.loss import hessian, leading_to
 from hookjac.plan import Plan
 from hookjac.quantity.record import Sampled
+from hookjac.samples import Layout
 from hookjac.structure import SEPARATE, scales_linearly
 
 _LARGEST = 1 << 28  # entries of [N, C, C]: two gigabytes in float64
+
+
+def unit_columns(edges: Sequence[Edge], layouts: Sequence[Layout], like: Tensor) -> list[Tensor]:
+    """Unit vectors of the joint features of several tensors, the same for every sample: [D, *tensor] each."""
+    rests = [layout.split(like.expand(1, *edge.shape)).shape[2:] for edge, layout in zip(edges, layouts, strict=True)]
+    sizes = [rest.numel() for rest in rests]
+    eye = torch.eye(sum(sizes), dtype=like.dtype, device=like.device)
+    found = []
+    for edge, layout, rest, part in zip(edges, layouts, rests, eye.split(sizes, 1), strict=True):
+        t = part.reshape(part.shape[0], 1, *rest).expand(-1, layout.N, *rest)
+        found.append(layout.join(t, edge.shape))
+    return found
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,28 @@ class Head:
         found = self.metric()
         return torch.diag_embed(found) if found.dim() == 2 else found
 
+    def columns(self) -> tuple[list[Tensor], Tensor]:
+        """Columns [V, *tensor] of each edge with a metric such that their second moment is this Hessian.
+
+        Of a softmax, the columns of a root: all weigh one, which every later step is the faster for. Else unit columns.
+        """
+        form, N = self.form, self.plan.N
+        if isinstance(form, _Softmax) and form.p.dim() == 2 and form.dim == 1 and len(form.p) == N:
+            C = form.p.shape[1]
+            u, w = form.root(torch.eye(C, dtype=form.p.dtype, device=form.p.device).unsqueeze(1))
+            if w is None:
+                return self._down(u), form.p.new_ones(()).expand(N, C)
+        _, dtype, device = meta(self.edges[0])
+        like = torch.zeros((), dtype=dtype, device=device)
+        return unit_columns(self.edges, [self.plan.layout[e] for e in self.edges], like), self.metric()
+
+    def _down(self, t: Tensor) -> list[Tensor]:
+        """From what bends to the output of the model."""
+        for edge in self.chain:
+            found = [c for c in pull(edge.node, {edge.nr: t}) if c is not None]
+            (t,) = found
+        return [t.to(meta(self.edges[0])[1])]
+
     def draw(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
         """Random columns [V, *tensor] of each edge whose second moment is this Hessian, and their metric."""
         K, N, form = wish.samples, self.plan.N, self.form
@@ -138,10 +174,7 @@ class Head:
         like = form.p if isinstance(form, _Softmax) else form.d
         u, w = form.root(_signs((K, *like.shape), like, wish))
         t = u if w is None else torch.cat([u, w])
-        for edge in self.chain:
-            found = [c for c in pull(edge.node, {edge.nr: t}) if c is not None]
-            (t,) = found
-        return [t.to(meta(self.edges[0])[1])], _metric(K, N, like, paired=w is not None)
+        return self._down(t), _metric(K, N, like, paired=w is not None)
 
     def _draw_apart(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
         """From the eigenvectors of each sample's own."""
@@ -190,7 +223,7 @@ def _signs(shape: tuple[int, ...], like: Tensor, wish: Sampled) -> Tensor:
 def _metric(K: int, N: int, like: Tensor, *, paired: bool) -> Tensor:
     """Of K random columns; or of K pairs u and w with E[u wᵀ] = H, where a negative eigenvalue allows no real root."""
     if not paired:
-        return like.new_full((N, K), 1 / K)
+        return like.new_full((), 1 / K).expand(N, K)
     eye = torch.eye(K, dtype=like.dtype, device=like.device) / (2 * K)
     pairs = torch.cat([torch.cat([0 * eye, eye], 1), torch.cat([eye, 0 * eye], 1)])
     return pairs.expand(N, 2 * K, 2 * K)

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hookjac.curvature import bends, features, unit_columns, worth_rerooting
+from hookjac.curvature import bends, features, worth_rerooting
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor
 from hookjac.graph import Edge, edge_of, gradients
+from hookjac.head import unit_columns
 from hookjac.plan import Plan, reachable
 from hookjac.products import Product, block, second_backward
 from hookjac.progress import Progress, Tick

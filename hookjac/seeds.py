@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hookjac import curvature
-from hookjac.curvature import Averaging, Bundle, Stepwise, cut, unit_columns
+from hookjac.curvature import Averaging, Bundle, Stepwise, cut
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, meta, saved
-from hookjac.head import Head
+from hookjac.head import Head, unit_columns
 from hookjac.plan import Plan
 from hookjac.quantity.record import GGN, Averaged, Diagonal, Graph, Hessian, Loss, Output, Sampled, Wish
 from hookjac.roads import Roads, choose, refuse_endless
@@ -142,8 +142,9 @@ class Seeds:
                 first = output  # the same unit columns serve both
                 first.metric = head.metric()
             else:
-                first = Group("ggn", head.metric().shape[1], head.metric())
-                self._enter(first, edges, self._units(edges))
+                columns, metric = head.columns()
+                first = Group("ggn", len(columns[0]), metric)
+                self._enter(first, edges, columns)
             self.groups[GGN()] = first
         for wish in self.asked:
             if isinstance(wish, Sampled):

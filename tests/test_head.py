@@ -100,7 +100,7 @@ def test_hessian(name: str, seen: list[head.Head]) -> None:
     model, x, loss = model_of(name)
     wanted = expected(model, lambda: model(x), loss)
     with extend(model, "ggn_diag"):
-        loss(model(x)).backward()
+        loss(model(x)).backward(retain_graph=True)
     for key, p in trainable(model).items():
         close(p.ggn_diag, wanted[key]["ggn_diag"], key)  # type: ignore[attr-defined]
     (found,) = seen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor.dense import Dense
-from hookjac.factor.metric import CHUNK, is_unit, quad_rows, root, shared, summed_block, weighed
+from hookjac.factor.metric import CHUNK, inner, is_unit, quad_rows, root, shared, summed_block, uniform, weighed
 from hookjac.memory import room
 
 
@@ -90,11 +90,26 @@ class Outer:
         if L == 1:
             rows = quad_rows(self.g[:, :, :, 0].flatten(2), metric).reshape(N, B, o)
             return self._fold(rows.permute(1, 2, 0) @ self.a[:, :, 0].square().transpose(0, 1).to(rows.dtype))
+        weight = uniform(metric)
+        if weight is not None and self.g.dtype == metric.dtype:
+            return self._sum_of_squares() * weight
         total: Tensor | None = None
         for n in self._chunks():
             found = Dense(self.samples(n).dense()).quad(metric[n])
             total = found if total is None else total + found
         return self._fold(self.a.new_zeros(B, o, self.a.shape[3])) if total is None else total
+
+    def _sum_of_squares(self) -> Tensor:  # -> [*p]
+        """Over all columns and samples. One column at a time: what is built stays in the cache."""
+        _, N, B, _, o = self.g.shape
+        i = self.a.shape[3]
+        total = self.g.new_zeros(B, o, i)
+        step = max(1, (CHUNK >> 2) // max(1, B * o * i))
+        for n in range(0, N, step):
+            a = self.a[n : n + step]
+            for g in self.g[:, n : n + step]:
+                total = total + (g.mT @ a).square_().sum(0)
+        return self._fold(total)
 
     def quad_each(self, metric: Tensor) -> Tensor:  # -> [N, *p]
         _, N, B, L, o = self.g.shape
@@ -193,9 +208,13 @@ class Outer:
         and the sum of their columns (Eschenhagen et al. 2023).
         """
         g, a = (self.g.sum(3, keepdim=True), self.a.mean(2, keepdim=True)) if reduce else (self.g, self.a)
-        A = torch.einsum("nbli,nblj->bij", a, a) / max(1, a.shape[0] * a.shape[2])
-        W = weighed(g, metric)
-        return A, torch.einsum("vnblo,vnblp->bop", W, g.to(W.dtype))
+        A = torch.stack([inner(t, t) for t in a.unbind(1)])
+        A = A.div_(max(1, a.shape[0] * a.shape[2])) if not A.requires_grad else A / max(1, a.shape[0] * a.shape[2])
+        weight = uniform(metric)
+        W = g if weight is not None else weighed(g, metric)
+        found = [inner(s, t) for s, t in zip(W.unbind(2), g.to(W.dtype).unbind(2), strict=True)]
+        B = torch.stack(found)
+        return A, B if weight is None else B * weight
 
     def multiplied(self, A: Tensor, B: Tensor) -> Outer:
         """By a Kronecker product B (x) A with A [B, i, i] and B [B, o, o], both symmetric."""
