@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from hookjac import structure
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor, quad_block
 from hookjac.graph import Bend, Edge, meta
@@ -75,12 +76,21 @@ def bend_of(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -
     if call is not None:
         assert call.rule.bend is not None
         return [call.rule.bend(call, next(iter(grads.values())))], True
-    bend = Bend(key, grads, plan.route.raw(key, edges))
-    found, is_diagonal = _try_diagonal(bend, grads, edges)
+    raw = plan.route.raw(key, edges)
+    bend = Bend(key, grads, raw)
+    known = structure.bend(key, raw)
+    found, is_diagonal = _row_sums(bend, grads, edges) if known else _try_diagonal(bend, grads, edges)
     if is_diagonal:
         return found, True
     like = next(iter(grads.values())).new_zeros(())
     return bend.times(unit_columns(edges, [plan.layout[e] for e in edges], like)), False
+
+
+def _row_sums(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tuple[list[Tensor], bool]:
+    """The diagonal of what is known to have nothing else."""
+    like = next(iter(grads.values()))
+    ones = [torch.ones((1, *edge.shape), dtype=like.dtype, device=like.device) for edge in edges]
+    return [t[0] for t in bend.times(ones)], True
 
 
 def _try_diagonal(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tuple[list[Tensor], bool]:
@@ -97,10 +107,14 @@ def _try_diagonal(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tu
 
 def bends(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> bool:
     """Is a node not linear in these inputs? Raises where its second derivative is missing, infinite or complex."""
-    bend = Bend(key, grads, plan.route.raw(key, edges))
+    raw = plan.route.raw(key, edges)
+    known = structure.bend(key, raw)
+    if known == "none":
+        return False
+    bend = Bend(key, grads, raw)
     if bend.flat:
         return False
-    found, is_diagonal = _try_diagonal(bend, grads, edges)
+    found, is_diagonal = _row_sums(bend, grads, edges) if known else _try_diagonal(bend, grads, edges)
     if not all(bool(torch.isfinite(t).all()) for t in found) or any(t.is_complex() for t in (*found, *grads.values())):
         raise RuntimeError("not finite, or complex")
     return not is_diagonal or any(bool((t != 0).any()) for t in found)
@@ -195,16 +209,29 @@ class Bundle:
         """All that has come so far, as one dense block on the unit columns of the tensors it is passing."""
         total = gathered(self.plan, stop, alive, self.members)
         if curve is not None and metric is not None:
-            sizes = [features(e, self.plan.N) for e in alive]
-            where = torch.cat(
-                [torch.arange(sizes[k], device=total.device) + sum(sizes[:k]) for k in map(alive.index, curve)]
-            )
-            bent = torch.diag_embed(metric) if metric.dim() == 2 else metric
-            total = total.clone()
-            total[:, where[:, None], where[None, :]] += bent
+            total = self._bent(total, alive, curve, metric)
         _drop(stop, alive, [g for g in self.members if g not in self._keep])
         self.members = []
         self._add(stop, alive, total, "block")
+
+    def _bent(self, total: Tensor, alive: list[Edge], curve: list[Edge], metric: Tensor) -> Tensor:
+        """What has come so far, and what bends here."""
+        sizes = [features(e, self.plan.N) for e in alive]
+        if any(total is g.metric for g in self.members):
+            total = total.clone()
+        starts, at = {e: sum(sizes[:k]) for k, e in enumerate(alive)}, 0
+        if metric.dim() == 2:
+            diagonal = total.diagonal(dim1=1, dim2=2)
+            for e in curve:
+                D = sizes[alive.index(e)]
+                diagonal[:, starts[e] : starts[e] + D] += metric[:, at : at + D]
+                at += D
+            return total
+        where = torch.cat([torch.arange(sizes[alive.index(e)], device=total.device) + starts[e] for e in curve])
+        if len(where) == total.shape[1] and len(curve) == 1:
+            return total.add_(metric)
+        total[:, where[:, None], where[None, :]] += metric
+        return total
 
 
 def gathered(plan: Plan, stop: Stop, alive: list[Edge], members: Collection[Group]) -> Tensor:  # -> [N, D, D]

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
-from hookjac.graph import Bend, Edge, gradients, meta, pull, signed
+from hookjac.graph import Bend, Edge, children, gradients, meta, pull, signed
 from hookjac.loss import hessian, leading_to
+from hookjac.places import placing
 from hookjac.plan import Plan
 from hookjac.quantity.record import Sampled
 from hookjac.samples import Layout
@@ -150,7 +151,7 @@ class Head:
         Of a softmax, the columns of a root: all weigh one, which every later step is the faster for. Else unit columns.
         """
         form, N = self.form, self.plan.N
-        if isinstance(form, _Softmax) and form.p.dim() == 2 and form.dim == 1 and len(form.p) == N:
+        if isinstance(form, _Softmax) and form.p.dim() == 2 and form.dim == 1 and self._a_row_each():
             C = form.p.shape[1]
             u, w = form.root(torch.eye(C, dtype=form.p.dtype, device=form.p.device).unsqueeze(1))
             if w is None:
@@ -158,6 +159,18 @@ class Head:
         _, dtype, device = meta(self.edges[0])
         like = torch.zeros((), dtype=dtype, device=device)
         return unit_columns(self.edges, [self.plan.layout[e] for e in self.edges], like), self.metric()
+
+    def _a_row_each(self) -> bool:
+        """Is the n-th row of what bends made of the n-th sample, by the structure of the way there? A sample that has
+        two rows would see the sum of their columns, whose square is not the sum of squares."""
+        plain = Layout(self.plan.N)
+        for edge, below in zip(self.chain, [*self.chain[1:], *self.edges], strict=False):
+            rule = placing(edge.node)
+            shapes = [below.shape if e is not None else None for e in children(edge.node)]
+            found = None if rule is None else rule.into(edge.node, plain, edge.shape, shapes)
+            if found is None or [la for la, s in zip(found, shapes, strict=True) if s is not None] != [plain]:
+                return False
+        return (self.chain[0] if self.chain else self.edges[0]).shape[:1] == (self.plan.N,)
 
     def _down(self, t: Tensor) -> list[Tensor]:
         """From what bends to the output of the model."""

@@ -9,10 +9,11 @@ N samples.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Literal
 
 import torch
 
-from hookjac.graph import Edge, meta, signed
+from hookjac.graph import Edge, Node, children, meta, signed
 from hookjac.places import Placed, placing
 from hookjac.route import Key, Route
 from hookjac.samples import Layout
@@ -97,6 +98,34 @@ SEPARATE = {
     "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", "XlogyBackward0",
 }  # fmt: skip
 _ALONG = {"LogSoftmaxBackward0", "SoftmaxBackward0"}
+
+
+# The second derivative of one node: none ... --------------------------------------------------------------------
+
+_FLAT = _LINEAR | {
+    "ConvolutionBackward0", "MmBackward0", "AddmmBackward0", "BmmBackward0", "BaddbmmBackward0", "MvBackward0",
+    "AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "MulBackward0",
+    "MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0", "AvgPool2DBackward0", "AvgPool3DBackward0",
+    "AdaptiveAvgPool2DBackward0", "AdaptiveMaxPool2DBackward0", "ConstantPadNdBackward0", "NativeDropoutBackward0",
+    "ReluBackward0", "ThresholdBackward0", "LeakyReluBackward0", "HardtanhBackward0", "AbsBackward0", "WhereBackward0",
+}  # fmt: skip
+# ... or a diagonal
+_ENTRYWISE = {
+    "TanhBackward0", "SigmoidBackward0", "GeluBackward0", "SiluBackward0", "SoftplusBackward0", "EluBackward0",
+    "ExpBackward0", "LogBackward0", "SqrtBackward0", "SinBackward0", "CosBackward0", "PowBackward0",
+    "LogSigmoidBackward0", "MishBackward0", "HardswishBackward0", "ReciprocalBackward0",
+}  # fmt: skip
+
+
+def bend(node: Node, edges: Collection[Edge]) -> Literal["none", "diagonal"] | None:
+    """The second derivative of a node in one of its inputs, if its kind says; None: look at values.
+
+    A node that is linear in each of two inputs bends only in both together.
+    """
+    if len(edges) != 1 or sum(e in edges for e in children(node)) != 1:
+        return None
+    name = type(node).__name__
+    return "none" if name in _FLAT else "diagonal" if name in _ENTRYWISE else None
 
 
 def separable(route: Route, above: Iterable[Key], frontier: Sequence[Edge], N: int) -> bool:

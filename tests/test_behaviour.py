@@ -268,7 +268,7 @@ def test_unused_and_frozen_parameters() -> None:
     assert torch.equal(model.spare.grad_sample, torch.zeros(N, 3))
     assert torch.equal(model.spare.jac, torch.zeros(N, C, 3))
     assert torch.equal(model.spare.hess_diag, torch.zeros(3))
-    assert "not reached" in ext.explain().to_dict()["memory"]["why"]
+    assert "not reached" in ext.explain().to_dict()["spare"]["why"]
 
 
 def test_functional_call_reaches_the_true_leaf() -> None:

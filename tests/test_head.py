@@ -41,6 +41,11 @@ ROWS: dict[str, Loss] = {  # of outputs [N, C]
     "logsigmoid": lambda z: -F.logsigmoid(z * 2).sum(),
     "concave and convex": lambda z: z.pow(3).sum(),
 }
+DRAWN = torch.tensor([2, 2, 3, 1])
+ROWS |= {
+    "drawn with repetition": lambda z: F.cross_entropy(z[DRAWN], Y),
+    "in pairs": lambda z: F.cross_entropy(z.reshape(2, 2, C).transpose(0, 1).reshape(N, C), Y),
+}
 SEQUENCES: dict[str, Loss] = {  # of outputs [N, T, C]
     "tokens": lambda z: F.cross_entropy(z.reshape(-1, C), YT.reshape(-1)),
     "tokens, transposed": lambda z: F.cross_entropy(z.transpose(1, 2), YT),
@@ -55,6 +60,7 @@ OTHERS: dict[str, Loss] = {  # two things that bend, or one that couples
     "focal": lambda z: ((1 - z.log_softmax(1).exp()) ** 2 * z.log_softmax(1)).sum(),
     "product of entries": lambda z: (z[:, 0] * z[:, 1]).sum(),
     "log of a sum": lambda z: z.exp().sum(1).log().sum(),
+    "left to right and back": lambda z: F.cross_entropy(torch.cat([z, z.flip(1)]), torch.cat([Y, Y])),
     "linear": lambda z: (z * SOFT.double()).sum(),
 }
 

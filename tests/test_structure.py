@@ -15,8 +15,8 @@ from test_losses import LOSSES, SEQUENCES
 from test_models import OWN
 from torch import Tensor, nn
 
-from hookjac import HookjacError, extend, loss, plan, structure
-from hookjac.graph import Edge
+from hookjac import HookjacError, curvature, extend, loss, plan, roads, structure
+from hookjac.graph import Bend, Edge
 from hookjac.samples import Layout
 
 N, D, C = 4, 5, 3
@@ -201,3 +201,27 @@ def test_a_dead_layer_has_its_samples_all_the_same(witness: Witness) -> None:
     step(model, lambda: model(torch.randn(N, D)).square().sum())
     assert witness.told
     assert all(p.grad_sample_norm.shape == (N,) for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.loss is None], ids=str)
+def test_what_kinds_of_nodes_say_of_their_bend_is_what_values_say(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(plan: Any, key: Any, grads: dict[int, Tensor], edges: list[Edge]) -> bool:
+        said = structure.bend(key, plan.route.raw(key, edges))
+        found = bends(plan, key, grads, edges)
+        if said is not None:
+            told.append(type(key).__name__)
+            with monkeypatch.context() as patch:
+                patch.setattr(structure, "bend", lambda node, edges: None)
+                assert bends(plan, key, grads, edges) == found
+                looked_at = Bend(key, grads, plan.route.raw(key, edges))
+                if not looked_at.flat:
+                    rows, is_diagonal = curvature._try_diagonal(looked_at, grads, edges)
+                    assert is_diagonal
+                    assert said == "diagonal" or not any(bool(t.any()) for t in rows)
+        return found
+
+    bends, told = roads.bends, []
+    monkeypatch.setattr(roads, "bends", asked)
+    model, run, pick = prepare(case, 0)
+    with extend(model, "hess_diag", output=case.output):
+        random_loss(pick(run())).backward()

@@ -75,6 +75,10 @@ WAYS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "max pool of lines": (lambda x: F.max_pool1d(x, 2, 1), [(2, 3, 5)]),
     "max pool of volumes": (lambda x: F.max_pool3d(x, (2, 1, 2)), [(2, 3, 4, 3, 4)]),
     "max pool of one image": (images(kernel_size=2), [(3, 4, 4)]),
+    "layer norm": (lambda x, w, b: F.layer_norm(x, (3, 2), w, b), [(4, 5, 3, 2), (3, 2), (3, 2)]),
+    "layer norm without scale": (lambda x: F.layer_norm(x, (2,)), [(4, 5, 2)]),
+    "group norm": (lambda x, w, b: F.group_norm(x, 2, w, b), [(4, 6, 3, 2), (6,), (6,)]),
+    "group norm without scale": (lambda x: F.group_norm(x, 3), [(4, 6)]),
     "convolution": (lambda x, w, b: F.conv2d(x, w, b, padding=1), [IMAGE, (4, 3, 3, 3), (4,)]),
     "convolution with everything": (
         lambda x, w: F.conv2d(x, w, stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=3), [IMAGE, (6, 1, 2, 2)]),

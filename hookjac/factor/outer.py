@@ -208,12 +208,11 @@ class Outer:
         and the sum of their columns (Eschenhagen et al. 2023).
         """
         g, a = (self.g.sum(3, keepdim=True), self.a.mean(2, keepdim=True)) if reduce else (self.g, self.a)
-        A = torch.stack([inner(t, t) for t in a.unbind(1)])
-        A = A.div_(max(1, a.shape[0] * a.shape[2])) if not A.requires_grad else A / max(1, a.shape[0] * a.shape[2])
+        rows = max(1, a.shape[0] * a.shape[2])
+        A = _stacked([inner(t, t, 1 / rows) for t in a.unbind(1)])
         weight = uniform(metric)
         W = g if weight is not None else weighed(g, metric)
-        found = [inner(s, t) for s, t in zip(W.unbind(2), g.to(W.dtype).unbind(2), strict=True)]
-        B = torch.stack(found)
+        B = _stacked([inner(s, t) for s, t in zip(W.unbind(2), g.to(W.dtype).unbind(2), strict=True)])
         return A, B if weight is None else B * weight
 
     def multiplied(self, A: Tensor, B: Tensor) -> Outer:
@@ -242,3 +241,8 @@ class Outer:
         if (axis == 0) != self.swapped:
             return replace(self, g=pad(self.g, (before, after)))
         return replace(self, a=pad(self.a, (before, after)))
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Without a copy where there is one."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)

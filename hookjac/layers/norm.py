@@ -14,9 +14,11 @@ from torch import Tensor
 from hookjac.factor import Dense, Factor
 from hookjac.graph import Node, saved
 from hookjac.layers.broadcast import result
+from hookjac.memory import room
 from hookjac.places import Placed, Shapes, place, rows_of_first
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
+from hookjac.ways import way
 
 
 def _normal(x: Tensor, mean: Tensor, rstd: Tensor, axes: list[int]) -> Tensor:
@@ -87,6 +89,30 @@ def _behind_positions(node: Node, layout: Layout, out: torch.Size, shapes: Shape
     return [layout, None, None] if _layer_fits(node, 1, layout) else None
 
 
+def _layer_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
+    """PyTorch's kernel, a column at a time, without what scale and shift get."""
+    into = room(None, (len(G), *shape), G)
+    x, mean, rstd, weight = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight
+    back = torch.ops.aten.native_layer_norm_backward
+    rows = [
+        back(g, x, node._saved_normalized_shape, mean, rstd, weight, None, [True, False, False])[0]
+        for g in G.contiguous()
+    ]
+    return torch.stack(rows, out=into)
+
+
+def _group_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
+    into = room(None, (len(G), *shape), G)
+    x, mean, rstd, weight = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight
+    sizes = (node._saved_N, node._saved_C, node._saved_HxW, node._saved_group)
+    back = torch.ops.aten.native_group_norm_backward
+    x = x.contiguous()
+    rows = [back(g, x, mean, rstd, weight, *sizes, [True, False, False])[0] for g in G.contiguous()]
+    return torch.stack(rows, out=into)
+
+
+way(_LAYER, into={0: _layer_way})
+way(_GROUP, into={0: _group_way})
 place(_LAYER, into=_behind_positions)
 place(_GROUP, into=rows_of_first)
 
