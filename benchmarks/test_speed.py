@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import contenders, measure
 from benchmarks.contenders import CONTENDERS, RANDOM, Results, Step
 from benchmarks.workloads import WORKLOADS, C, Job
-from hookjac import JacTensor, Kronecker
+from hookjac import JacTensor, Kronecker, KroneckerSum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CELLS = [
@@ -70,6 +70,8 @@ def drop(results: Results) -> None:
 
 def size(results: Results) -> int:
     def of(t: Any) -> int:
+        if isinstance(t, KroneckerSum):
+            return sum(of(part) for part in t.parts)
         return sum(s.nbytes for s in (t.A, t.B) if s is not None) if isinstance(t, Kronecker) else t.nbytes
 
     return sum(of(t) for t in results.values())

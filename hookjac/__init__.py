@@ -11,6 +11,7 @@ from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.jacobian import Jacobian
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
+from hookjac.memory import empty_cache
 from hookjac.operator import Curvature
 from hookjac.quantity import (
     GGNMP,
@@ -77,6 +78,7 @@ __all__ = [
     "Received",
     "Rule",
     "accumulate",
+    "empty_cache",
     "extend",
     "load",
     "register",

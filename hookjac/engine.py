@@ -20,7 +20,7 @@ from torch import Tensor
 from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, total
 from hookjac.graph import Edge, edge_of, saved
-from hookjac.memory import emptied
+from hookjac.limits import refuse_large_results
 from hookjac.operator import Curvature, Quiet
 from hookjac.plan import Plan
 from hookjac.products import Product
@@ -46,7 +46,6 @@ from hookjac.uses import received
 
 _CHUNK = 1 << 24  # entries of one tensor of masked columns
 
-Before = dict[tuple[int, str], Tensor]  # id of a parameter and quantity -> the last step's result, about to go
 Results = dict[int, dict[str, Any]]  # id of a parameter -> quantity -> value
 
 
@@ -72,10 +71,8 @@ class Walk:
         quiet: Quiet,
         *,
         create_graph: bool = False,
-        before: Before | None = None,
     ) -> None:
         self.plan, self.quantities, self._quiet, self._create_graph = plan, quantities, quiet, create_graph
-        self.before = {} if before is None else before
         self.operators: dict[str, Curvature] = {}
         self.probed: dict[Probes, dict[int, tuple[Tensor, Tensor]]] = {}
         self.results: Results = {p: {} for p in plan.names}
@@ -84,6 +81,8 @@ class Walk:
         self.direct = {p: self._penalty(p, g) for p, g in plan.top.direct.items()}
         for q in quantities:
             demand_samples(q, plan.N)
+        params = list(plan.params.values())
+        refuse_large_results(quantities, params, [plan.names[id(p)] for p in params], plan.N, self.out_shape.numel())
 
     def _penalty(self, p: int, gradient: Tensor) -> Product:
         return Product(self.plan.names[p], edge_of(self.plan.params[p]), lambda which: gradient)
@@ -285,7 +284,4 @@ class Walk:
         M = plan.N if q.subsample is None else len(q.subsample)
         times = self.operators[wish.curved].block(p) if isinstance(wish, Graph) else None
         probed = self.probed[wish][p] if isinstance(wish, Probes) else None
-        spare = emptied(self.before, (p, q.name)) if q.rewrites and self.before else None
-        received = Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed)
-        received.spare = spare
-        return received
+        return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed)

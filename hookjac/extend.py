@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
+from hookjac import memory
 from hookjac.checkpoints import Recomputed
-from hookjac.engine import Before, Results, Walk
+from hookjac.engine import Results, Walk
 from hookjac.errors import HookjacError
 from hookjac.explain import Explanation, explain
 from hookjac.jacobian import Jacobian
@@ -180,30 +181,25 @@ class extend:
             if not listed:
                 return call()  # a gradient towards something else, inputs say: not ours
             params = listed
-        before: Before = {}  # nobody shall read the last step's after an error
         for p in params.values():
             for q in self.quantities:
-                if (old := vars(p).pop(q.name, None)) is not None and q.rewrites:
-                    before[id(p), q.name] = old
-        old = None
+                # nobody shall read the last step's after an error, and its memory is needed
+                vars(p).pop(q.name, None)
+        self._found = {}
+        memory.turn()
         described = None
         if self._may_pass and inputs is None and len(tensors) == 1 and weights[0] is None and not self._hooked():
             described = describe(self._tape, tensors[0], {id(p): k for k, p in enumerate(params.values())})
             passage = None if described is None else recall(self.model, tuple(params), described)
             if described is not None and isinstance(passage, Passage):
-                return self._pass(passage, described, params, before, call)
+                return self._pass(passage, described, params, call)
             described = described if passage == "unknown" else None
         # a graph made outside inference mode is differentiable inside it, but only once
         with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), _QUIET_VMAP:
             count = _hooks()
-            results = self._results(list(tensors), list(weights), members, params, described, before)
-            before.clear()
+            results = self._results(list(tensors), list(weights), members, params, described)
             self._tape.hooks += _hooks() - count
-        self._found = {  # not what the next step may write over
-            q.name: {name: results[id(p)][q.name] for name, p in params.items()}
-            for q in self.quantities
-            if not q.rewrites
-        }
+        self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
         answer = call()
         for p in params.values():
             for name, value in results[id(p)].items():
@@ -219,12 +215,11 @@ class extend:
         passage: Passage,
         described: Described,
         params: dict[str, nn.Parameter],
-        before: Before,
         call: Callable[[], Any],
     ) -> Any:
         """Nothing but gradients of samples, on a graph of known structure: they are read as the user's own pass."""
         count = _hooks()
-        answer, found = passage.run(described, list(params.values()), self.quantities, before, call)
+        answer, found = passage.run(described, list(params.values()), self.quantities, call)
         self._tape.hooks += _hooks() - count
         for p, values in zip(params.values(), found, strict=True):
             for q, value in zip(self.quantities, values, strict=True):
@@ -239,7 +234,6 @@ class extend:
         members: Members,
         params: dict[str, nn.Parameter],
         described: Described | None,
-        before: Before,
     ) -> Results:
         for t in tensors:
             if not isinstance(t, Tensor):
@@ -259,7 +253,7 @@ class extend:
         with Recomputed() as recomputed:
             plan = make_plan(self._tape, loss, params, known, current, recomputed)
             quiet = functools.partial(self._watch.quiet, self.model)
-            walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph, before=before)
+            walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
             results = walk.run()
             self._operators = walk.operators
             self._explanation = explain(self.model, plan, walk.seeds.roads)

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from hookjac.checkpoints import is_reentrant
-from hookjac.engine import Before
 from hookjac.explain import Explanation
 from hookjac.factor import Factor, total
 from hookjac.graph import Edge, Node, attributes
-from hookjac.memory import emptied
+from hookjac.limits import refuse_large_results
 from hookjac.plan import Plan
 from hookjac.quantity.record import Quantity, Received, demand_samples
 from hookjac.rule import node_rule
@@ -125,7 +124,7 @@ class Passage:
     def __init__(self, plan: Plan, found: Described, explanation: Explanation) -> None:
         index = {node: k for k, node in enumerate(found.nodes)}
         number = {p: k for k, p in enumerate(plan.names)}
-        self.N, self.explanation = plan.N, explanation
+        self.N, self.explanation, self.names = plan.N, explanation, list(plan.names.values())
         self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
         self.uses = [len(plan.uses.of.get(p, ())) for p in plan.names]
         self.takes: list[Take] = []
@@ -139,13 +138,14 @@ class Passage:
         found: Described,
         params: Sequence[nn.Parameter],
         quantities: Sequence[Quantity],
-        before: Before,
         call: Callable[[], Any],
     ) -> tuple[Any, list[list[Any]]]:
         """The user's backward, and for each parameter the result of each quantity."""
         for q in quantities:
             demand_samples(q, self.N)
-        reading = _Reading(self, found, params, quantities, before)
+        if any(q.entries is not None for q in quantities):
+            refuse_large_results(quantities, params, self.names, self.N, self.out_shape.numel())
+        reading = _Reading(self, found, params, quantities)
         handles = [found.nodes[take.index].register_prehook(reading.at(take)) for take in self.takes]
         try:
             answer = call()
@@ -164,9 +164,7 @@ class _Reading:
         found: Described,
         params: Sequence[nn.Parameter],
         quantities: Sequence[Quantity],
-        before: Before,
     ) -> None:
-        self.before = before
         self.passage, self.found, self.params, self.quantities = passage, found, params, quantities
         self.open = list(passage.uses)
         self.factors: list[list[Factor]] = [[] for _ in params]
@@ -210,10 +208,7 @@ class _Reading:
                 M = len(q.subsample)
                 factor = whole and whole.samples(torch.tensor(q.subsample, device=param.device))
             pieces = [] if factor is None else [(factor, None)]
-            got = Received(param, passage.N, M, passage.out_shape, pieces)
-            if q.rewrites and self.before:
-                got.spare = emptied(self.before, (id(param), q.name))
-            found.append(q.reduce(got))
+            found.append(q.reduce(Received(param, passage.N, M, passage.out_shape, pieces)))
         self.made[k] = found
 
     def results(self) -> list[list[Any]]:

@@ -15,6 +15,7 @@ from hookjac.curvature import Averaging, Bundle, Stepwise, cut
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, meta, saved
 from hookjac.head import Head, unit_columns
+from hookjac.limits import refuse_many_columns
 from hookjac.plan import Plan
 from hookjac.quantity.record import GGN, Averaged, Diagonal, Graph, Hessian, Loss, Output, Sampled, Wish
 from hookjac.roads import Roads, choose, refuse_endless
@@ -57,6 +58,8 @@ class Seeds:
         bare: list[str] = []
         if self._named(GGN, Sampled, Averaged, Diagonal, Hessian, Graph):
             self.edges, bare = cut(plan)
+        C = sum(e.shape.numel() // plan.N for e in self.edges)
+        refuse_many_columns(plan, self.asked.items(), C or (plan.selected[0].shape[1:].numel() if plan.selected else 0))
         self._choose_roads(bare)
         by_columns = self.roads is not None and bool(self.roads.active)
         gauss_newton = self._named(GGN, Sampled, Averaged, Diagonal) or (

@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 
 from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, Lookup, Sum, add_gram, root
+from hookjac.memory import available, said
+
+_NOTICED = 1 << 28  # bytes of a dense one, from which on memory is asked for beforehand
 
 
 class JacTensor(Tensor):
@@ -57,6 +60,13 @@ class JacTensor(Tensor):
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """[N, *out, *p] as an ordinary tensor, in memory of its own."""
         factor = self.intact
+        size = float(self.numel()) * self.dtype.itemsize
+        if size > _NOTICED and size > (left := available(self.device)):
+            raise HookjacError(
+                f"p.jac of shape {list(self.shape)} would take {said(size)} as a dense tensor, and {said(left)} are "
+                "available. Take a part of it (p.jac[:8], p.jac[:, 0]) or products (gram, times, back, einsum), which "
+                "stay factors, or ask for some outputs only: Jac(outputs=...)."
+            )
         t = factor.dense().transpose(0, 1).reshape(self.shape).to(self.dtype)
         held = t.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in factor.tensors}
         return t.clone(memory_format=torch.contiguous_format) if held else t.contiguous()

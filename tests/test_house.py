@@ -28,8 +28,8 @@ PACKAGE = ROOT / "hookjac"
 ORDER = [
     "errors", "memory", "ways", "samples", "members", "mended", "graph", "checkpoints", "progress", "products",
     "factor", "rule", "places", "layers", "tape", "watch", "route", "structure", "uses", "kinks", "loss", "plan",
-    "handover", "operator", "kronecker", "structured", "jacobian", "quantity", "head", "curvature", "roads", "seeds",
-    "engine", "explain", "passing", "extend", "accumulate", "", "testing", "demo", "__main__",
+    "handover", "operator", "kronecker", "structured", "jacobian", "quantity", "limits", "head", "curvature", "roads",
+    "seeds", "engine", "explain", "passing", "extend", "accumulate", "", "testing", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity"]
 

@@ -51,7 +51,7 @@ class Dense:
         step = max(1, CHUNK // max(1, self.V * self.param.numel()))
         return (slice(n, n + step) for n in range(0, self.N, step))
 
-    def dense(self, spare: Tensor | None = None) -> Tensor:
+    def dense(self) -> Tensor:
         return self.t
 
     def parted(self) -> bool:

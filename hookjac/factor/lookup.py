@@ -50,9 +50,9 @@ class Lookup:
         place, m = (chosen[:, None] == self.sample[None, :]).nonzero(as_tuple=True)
         return replace(self, g=self.g[:, m], row=self.row[m], sample=place, N=len(chosen))
 
-    def dense(self, spare: Tensor | None = None) -> Tensor:  # [V, N, *p]
+    def dense(self) -> Tensor:  # [V, N, *p]
         V, M, d = self.g.shape
-        into = room(spare, (self.N * V * self.rows, d), self.g)
+        into = room((self.N * V * self.rows, d), self.g)
         out = self.g.new_zeros(self.N * V * self.rows, d) if into is None else into.zero_()
         column = torch.arange(V, device=self.row.device).unsqueeze(1)
         place = (self.sample * V + column) * self.rows + self.row  # [V, M]

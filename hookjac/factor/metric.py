@@ -102,7 +102,7 @@ def uniform(metric: Tensor | None) -> Tensor | None:
 def inner(X: Tensor, Y: Tensor, scale: float = 1.0) -> Tensor:  # [..., L, d], [..., L, e] -> [d, e]
     """The sum of scale Xᵀ Y over all axes before the last. einsum takes up to seventeen times as long."""
     d, e = X.shape[-1], Y.shape[-1]
-    into = room(None, (d, e), X, Y)
+    into = room((d, e), X, Y)
     if X.dim() > 2 and X.shape[-2] > 1 and X.stride(-2) == 1 and Y.stride(-2) == 1:  # positions lie side by side
         left, right = X.mT.reshape(-1, d, X.shape[-2]), Y.mT.reshape(-1, e, Y.shape[-2]).mT
         if len(left) * d * e <= CHUNK:

@@ -57,9 +57,9 @@ class Sum:
     def _zeros(self, *shape: int) -> Tensor:
         return self.parts[0].tensors[0].new_zeros(shape)
 
-    def dense(self, spare: Tensor | None = None) -> Tensor:
+    def dense(self) -> Tensor:
         first, *others = self.parts
-        return sum((part.dense() for part in others), first.dense(spare))
+        return sum((part.dense() for part in others), first.dense())
 
     def parted(self) -> bool:
         return False

@@ -65,13 +65,13 @@ class Outer:
         step = max(1, CHUNK // max(1, self.V * self.param.numel()))
         return (slice(n, n + step) for n in range(0, self.N, step))
 
-    def dense(self, spare: Tensor | None = None) -> Tensor:
-        """[V, N, *p]; lies in memory with N first, as results are handed out. spare: memory to be written over."""
+    def dense(self) -> Tensor:
+        """[V, N, *p]; lies in memory with N first, as results are handed out."""
         g, a = self.g.transpose(0, 1), self.a.unsqueeze(1)  # [N, V, B, L, o], [N, 1, B, L, i]
         left, right = (a, g) if self.swapped else (g, a)
         N, V, B, L, _ = g.shape
         r, c = left.shape[4], right.shape[4]
-        into = room(spare, (N, V, B, r, c), g, a)
+        into = room((N, V, B, r, c), g, a)
         if L == 1:  # a broadcast product beats einsum and bmm for plain outer products
             out = torch.mul(left[:, :, :, 0, :, None], right[:, :, :, 0, None, :], out=into)
         elif V > 1 and B == 1 and not self.swapped:  # all columns at once, the inputs in one copy

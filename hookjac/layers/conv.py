@@ -78,7 +78,7 @@ def _pull(node: Node, G: Tensor, shape: torch.Size) -> Tensor:  # [V, rows, O, *
         )[0]  # fmt: skip
 
     if len(G) > 1 and G[0].numel() > _LARGE and not G.is_cuda:
-        return torch.stack([back(g) for g in G], out=room(None, (len(G), *shape), G))
+        return torch.stack([back(g) for g in G], out=room((len(G), *shape), G))
     return back(G.reshape(-1, *G.shape[2:])).view(len(G), *shape)
 
 

@@ -91,7 +91,7 @@ def _behind_positions(node: Node, layout: Layout, out: torch.Size, shapes: Shape
 
 def _layer_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
     """PyTorch's kernel, a column at a time, without what scale and shift get."""
-    into = room(None, (len(G), *shape), G)
+    into = room((len(G), *shape), G)
     x, mean, rstd, weight = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight
     back = torch.ops.aten.native_layer_norm_backward
     rows = [
@@ -102,7 +102,7 @@ def _layer_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _group_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
-    into = room(None, (len(G), *shape), G)
+    into = room((len(G), *shape), G)
     x, mean, rstd, weight = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight
     sizes = (node._saved_N, node._saved_C, node._saved_HxW, node._saved_group)
     back = torch.ops.aten.native_group_norm_backward

@@ -133,7 +133,7 @@ def _chosen(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
     where = node._saved_result1
     space = len(node._saved_kernel_size)
     stride = node._saved_stride or node._saved_kernel_size
-    into = room(None, (len(G), *shape), G)
+    into = room((len(G), *shape), G)
     out = (G.new_empty(len(G), *shape) if into is None else into).zero_().flatten(-space)
     index = where.flatten(-space).expand(len(G), *[-1] * (where.dim() - space + 1))
     reach = [d * (k - 1) + 1 for d, k in zip(node._saved_dilation, node._saved_kernel_size, strict=True)]

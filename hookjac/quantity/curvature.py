@@ -37,7 +37,8 @@ def GGNDiagSample(*, subsample: Samples = None) -> Quantity:
     Penalties are shared equally by the samples. Units: loss / parameter². Cost: C backwards, and writing N times the
     parameters.
     """
-    return Quantity(name="ggn_diag_sample", columns=GGN(), reduce=_diagonals, subsample=chosen(subsample))
+    return Quantity(name="ggn_diag_sample", columns=GGN(), reduce=_diagonals, subsample=chosen(subsample),
+                    entries=lambda M, C, P: M * P, instead="ggn_diag is their sum.")  # fmt: skip
 
 
 def GGNDiagMC(*, samples: int = 1, generator: torch.Generator | None = None, subsample: Samples = None) -> Quantity:
@@ -72,7 +73,8 @@ def HessDiagSample(*, road: Road = "auto", flop_limit: float = 1e17, subsample: 
     the parameters; for parameters on the road "entries", N times as many products.
     """
     wish = Hessian(road, flop_limit)
-    return Quantity(name="hess_diag_sample", columns=wish, reduce=_diagonals, subsample=chosen(subsample))
+    return Quantity(name="hess_diag_sample", columns=wish, reduce=_diagonals, subsample=chosen(subsample),
+                    entries=lambda M, C, P: M * P, instead="hess_diag is their sum.")  # fmt: skip
 
 
 def GGNSqrt(
@@ -93,7 +95,9 @@ def GGNSqrt(
         assert metric is not None
         return factor.mix(_root(metric)).dense().to(got.param.dtype).contiguous()
 
-    return Quantity(name="ggn_sqrt", columns=wish, reduce=reduce, subsample=chosen(subsample))
+    return Quantity(name="ggn_sqrt", columns=wish, reduce=reduce, subsample=chosen(subsample),
+                    entries=lambda M, C, P: M * P * (C if samples is None else samples),
+                    instead="jac is the same in factors; samples= gives fewer, random columns.")  # fmt: skip
 
 
 def _root(metric: Tensor) -> Tensor:  # [N, V] or [N, V, V] -> R of the same shape with M = Rᵀ R

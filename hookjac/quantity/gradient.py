@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hookjac.factor import Dense, Factor, add_gram, root
 from hookjac.graph import saved
-from hookjac.memory import handed_out
 from hookjac.quantity.record import Adds, Quantity, Received, chosen
 
 Samples = Sequence[int] | Tensor | None
@@ -28,13 +27,15 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Sam
         raise ValueError(f"loss_reduction must be 'sum' or 'mean', got {loss_reduction!r}")
 
     def reduce(got: Received) -> Tensor:
-        out = own(got.factor, got.spare)[0] if got.factor is not None else got.zeros(got.M)
+        out = own(got.factor)[0] if got.factor is not None else got.zeros(got.M)
         if got.direct is not None:
             out = out + got.direct.head / got.N
         out = out * got.N if loss_reduction == "mean" else out
-        return handed_out(out.to(got.param.dtype).contiguous())  # autocast works in another
+        return out.to(got.param.dtype).contiguous()  # autocast works in another
 
-    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample), rewrites=True)
+    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample),
+                    entries=lambda M, C, P: M * P,
+                    instead="grad_sample_norm, grad_sample_gram and grad_var build nothing of that size.")  # fmt: skip
 
 
 def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
@@ -153,7 +154,7 @@ def _shared(got: Received) -> tuple[Tensor, Tensor]:
     return with_it, share.square().sum()
 
 
-def own(factor: Factor, spare: Tensor | None = None) -> Tensor:
+def own(factor: Factor) -> Tensor:
     """The dense contribution in memory of its own: results must not be views of each other or of the graph."""
-    t = factor.dense(spare)
+    t = factor.dense()
     return t.clone(memory_format=torch.contiguous_format) if isinstance(factor, Dense) and not factor.fresh else t

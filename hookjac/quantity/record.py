@@ -121,7 +121,6 @@ class Received:
     crossed: for a parameter whose uses feed each other, pairs whose product is half of what they add to the Hessian.
     times: products with the parameter's block, [K, *p] -> [K, *p], where those were asked for.
     probed: random signs and their products with the Hessian, [K, *p] each, where those were asked for.
-    spare: memory [entries] that a quantity with `rewrites` may use for its result.
     """
 
     param: Tensor
@@ -134,7 +133,6 @@ class Received:
     crossed: Sequence[tuple[Factor, Factor]] = ()
     times: Callable[[Tensor], Tensor] | None = None
     probed: tuple[Tensor, Tensor] | None = None
-    spare: Tensor | None = None
 
     @property
     def factor(self) -> Factor | None:
@@ -227,7 +225,8 @@ class Quantity:
     reduce: from a `Received` to the result.
     subsample: numbers of the samples it is about; None: all.
     full: it needs `Received.block` of the Hessian, not its diagonal only.
-    rewrites: its result is one tensor, and `reduce` can write it over the last step's (see `spare`).
+    entries: `(samples, C, P)`: how many entries the result for one parameter has, where these may be too many; what
+        cannot fit is refused before anything is allocated. instead: what to ask for then.
     adds: how `accumulate` makes up the result of a data set; None: results of batches do not add up.
     """
 
@@ -236,7 +235,8 @@ class Quantity:
     reduce: Callable[[Received], Any]
     subsample: tuple[int, ...] | None = None
     full: bool = False
-    rewrites: bool = False
+    entries: Callable[[int, int, int], float] | None = None
+    instead: str = ""
     adds: Adds | None = None
 
     def __post_init__(self) -> None:
