@@ -25,7 +25,7 @@ from hookjac.operator import Curvature
 from hookjac.passing import Described, Passage, describe, may_pass, passed, recall, remember
 from hookjac.plan import make_plan
 from hookjac.quantity import Quantity, parse
-from hookjac.quantity.record import Graph, Loss
+from hookjac.quantity.record import GGN, Graph, Loss, Sampled
 from hookjac.rule import foreign
 from hookjac.tape import Select, Tape
 from hookjac.watch import Watch
@@ -74,7 +74,7 @@ class extend:
                 f"create_graph=True serves quantities of the gradient and of the Jacobian; {curved[0]!r} is made of "
                 "second derivatives. Ask for it in a block of its own, or name what you want: extend(model, 'jac')."
             )
-        self._first_order = not create_graph and all(isinstance(q.wish, Loss) for q in self.quantities)
+        self._light = not create_graph and all(isinstance(q.wish, (Loss, Sampled, GGN)) for q in self.quantities)
         self._open = False
         self._switches = contextlib.ExitStack()
         self._explanation: Explanation | None = None
@@ -98,14 +98,14 @@ class extend:
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
         self._held = params  # ids stay theirs while we compare them
-        self._may_pass = self._first_order and not foreign(members.kinds)
+        self._may_pass = self._light and not foreign(members.kinds)
         # A layer's note holds no graph to what it saved; its autograd nodes do. And where the user's backward carries
         # the columns, nodes know all that is needed
         noted = not self._create_graph and not (self._may_pass and passed(self.model))
         self._tape = Tape(members, self._output, rules=noted)
         keep = self._create_graph or any(isinstance(q.wish, Graph) for q in self.quantities)
         self._watch = Watch(self._tape, self._backward, keep)
-        if not self._first_order:
+        if not self._light:
             self._switches.enter_context(_QUIET_VMAP)
         if self._create_graph or any(q.curved for q in self.quantities):
             self._switches.enter_context(_MATH_ATTENTION)
@@ -192,7 +192,12 @@ class extend:
             described = describe(self._tape, tensors[0], {id(p): k for k, p in enumerate(params.values())})
             passage = None if described is None else recall(self.model, tuple(params), described)
             if described is not None and isinstance(passage, Passage):
-                return self._pass(passage, described, params, call)
+                if passage.serves(self.quantities):
+                    done = self._pass(passage, described, tensors[0], params, call)
+                    if done is not None:
+                        return done[0]
+                elif not passage.curved:
+                    passage = "unknown"  # nobody asked for curvature then
             described = described if passage == "unknown" else None
         # a graph made outside inference mode is differentiable inside it, but only once
         with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), _QUIET_VMAP:
@@ -214,18 +219,23 @@ class extend:
         self,
         passage: Passage,
         described: Described,
+        loss: Tensor,
         params: dict[str, nn.Parameter],
         call: Callable[[], Any],
-    ) -> Any:
-        """Nothing but gradients of samples, on a graph of known structure: they are read as the user's own pass."""
+    ) -> tuple[Any] | None:
+        """Columns that autograd carries itself, on a graph of known structure. None: these values need a walk."""
         count = _hooks()
-        answer, found = passage.run(described, list(params.values()), self.quantities, call)
+        quiet = functools.partial(self._watch.quiet, self.model)
+        done = passage.run(described, loss, list(params.values()), self.quantities, quiet, call)
         self._tape.hooks += _hooks() - count
+        if done is None:
+            return None
+        answer, found = done
         for p, values in zip(params.values(), found, strict=True):
             for q, value in zip(self.quantities, values, strict=True):
                 setattr(p, q.name, value)
         self._explanation = passage.explanation
-        return answer
+        return (answer,)
 
     def _results(
         self,
@@ -261,7 +271,9 @@ class extend:
                 passage = None
                 with contextlib.suppress(HookjacError):  # this step has been served, and the next will be, too
                     by_nodes = make_plan(self._tape, loss, params, known, current, recomputed, set(plan.route.calls))
-                    passage = Passage(by_nodes, described, self._explanation) if may_pass(by_nodes) else None
+                    if may_pass(by_nodes):
+                        curved = any(q.curved for q in self.quantities)
+                        passage = Passage(by_nodes, described, self._explanation, curved=curved)
                 remember(self.model, tuple(params), described, passage)
         return results
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from hookjac.loss import hessian, leading_to
 from hookjac.places import placing
 from hookjac.plan import Plan
 from hookjac.quantity.record import Sampled
+from hookjac.route import Route
 from hookjac.samples import Layout
 from hookjac.structure import SEPARATE, scales_linearly
 
@@ -81,62 +83,112 @@ class _Diagonal:
         return self.d.reshape(N, self.d.numel() // max(1, N))
 
 
+Form = _Softmax | _Diagonal
+
+
+class Bending(NamedTuple):
+    """Where the one node that bends lies between the loss and an output of the model."""
+
+    at: Edge  # what it is given
+    out: Edge  # what it makes
+    chain: list[Edge]  # from there down to the output, not included
+    output: Edge
+    dim: int | None  # of a log-softmax; None: entry by entry
+    a_row_each: bool  # the n-th row of what bends is made of the n-th sample
+
+    def form(self, loss: Tensor) -> Form:
+        """The second derivative there."""
+        (G,) = gradients([loss], [self.out], [None])
+        if self.dim is not None:
+            return _Softmax(self.out.node._saved_result.detach().exp(), -G.sum(self.dim, keepdim=True), self.dim)
+        bend = Bend(self.out.node, {self.out.nr: G}, [self.at])
+        shape, dtype, device = meta(self.at)
+        return _Diagonal(bend.times([torch.ones((1, *shape), dtype=dtype, device=device)])[0][0].detach())
+
+    def down(self, t: Tensor) -> Tensor:  # [V, *at] -> [V, *output]
+        for edge in self.chain:
+            found = [c for c in pull(edge.node, {edge.nr: t}) if c is not None]
+            (t,) = found
+        return t.to(meta(self.output)[1])
+
+    def root(self, form: Form, N: int) -> tuple[Tensor, Tensor] | None:
+        """Columns [C, *output] whose second moment is the Hessian, all of which weigh one, and their metric.
+
+        For a softmax of a row for each sample; None otherwise.
+        """
+        if not isinstance(form, _Softmax) or form.p.dim() != 2 or form.dim != 1 or not self.a_row_each:
+            return None
+        C = form.p.shape[1]
+        u, w = form.root(torch.eye(C, dtype=form.p.dtype, device=form.p.device).unsqueeze(1))
+        return None if w is not None else (self.down(u), form.p.new_ones(()).expand(N, C))
+
+    def draw(self, form: Form, wish: Sampled, N: int) -> tuple[Tensor, Tensor]:
+        """Random columns [V, *output] with that second moment, and their metric."""
+        like = form.p if isinstance(form, _Softmax) else form.d
+        u, w = form.root(_signs((wish.samples, *like.shape), like, wish))
+        return self.down(u if w is None else torch.cat([u, w])), _metric(wish.samples, N, like, paired=w is not None)
+
+
+def bending(route: Route, edge: Edge, N: int) -> Bending | None:
+    """Up from an output of the model by ways of one thread to the one node that bends; None if there is no such."""
+    above = leading_to(route, [edge])
+    if route.real(edge) != edge or any(key in route.calls for key in above):
+        return None
+    at, chain = edge, list[Edge]()
+    while True:
+        here = [key for key in above if at in route.after[key]]
+        if len(here) != 1 or len(route.outs[here[0]]) != 1 or sum(e is not None for e in route.after[here[0]]) != 1:
+            return None
+        (key,) = here
+        (out,) = route.outs[key]
+        if not scales_linearly(route, key):
+            break
+        if out in route.starts:
+            return None
+        chain.insert(0, out)
+        at = out
+    name = type(key).__name__
+    softmax = name == "LogSoftmaxBackward0"
+    if not (softmax or name in SEPARATE) or meta(at)[1].is_complex or route.raw(key, [at]) != [at]:
+        return None
+    if not all(scales_linearly(route, k) for k in leading_to(route, [out])) or (softmax and not at.shape):
+        return None
+    dim = signed(key._saved_dim) % len(at.shape) if softmax else None
+    return Bending(at, out, chain, edge, dim, _a_row_each(chain, edge, N))
+
+
+def _a_row_each(chain: list[Edge], output: Edge, N: int) -> bool:
+    """Is the n-th row of what bends made of the n-th sample, by the structure of the way there? A sample that has two
+    rows would see the sum of their columns, whose square is not the sum of squares."""
+    plain = Layout(N)
+    for edge, below in zip(chain, [*chain[1:], output], strict=False):
+        rule = placing(edge.node)
+        shapes = [below.shape if e is not None else None for e in children(edge.node)]
+        found = None if rule is None else rule.into(edge.node, plain, edge.shape, shapes)
+        if found is None or [la for la, s in zip(found, shapes, strict=True) if s is not None] != [plain]:
+            return False
+    return (chain[0] if chain else output).shape[:1] == (N,)
+
+
 @dataclass(eq=False)
 class Head:
     """The Hessian of the loss in `edges`, joint for each sample."""
 
     plan: Plan
     edges: list[Edge]
-    form: _Softmax | _Diagonal | None = field(init=False, default=None)
-    chain: list[Edge] = field(init=False, default_factory=list)  # from what bends down to the model's output
+    bending: Bending | None = field(init=False, default=None)
+    form: Form | None = field(init=False, default=None)
     _dense: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if len(self.edges) == 1:
-            self._look(self.edges[0])
-
-    def _look(self, edge: Edge) -> None:
-        """Up from the output by ways of one thread to the one node that bends."""
-        route = self.plan.route
-        above = leading_to(route, [edge])
-        if route.real(edge) != edge or any(key in route.calls for key in above):
-            return
-        at, chain = edge, list[Edge]()
-        while True:
-            here = [key for key in above if at in route.after[key]]
-            if len(here) != 1 or len(route.outs[here[0]]) != 1 or sum(e is not None for e in route.after[here[0]]) != 1:
-                return
-            (key,) = here
-            (out,) = route.outs[key]
-            if not scales_linearly(route, key):
-                break
-            if out in route.starts:
-                return
-            chain.insert(0, out)
-            at = out
-        name = type(key).__name__
-        if (name not in SEPARATE and name != "LogSoftmaxBackward0") or meta(at)[1].is_complex:
-            return
-        if not all(scales_linearly(route, k) for k in leading_to(route, [out])):
-            return
-        (G,) = gradients([self.plan.top.loss], [out], [None])
-        if name == "LogSoftmaxBackward0":
-            dim = signed(key._saved_dim) % max(1, G.dim())
-            if G.shape != at.shape or not G.dim():
-                return
-            self.form = _Softmax(key._saved_result.detach().exp(), -G.sum(dim, keepdim=True), dim)
-        else:
-            raw = route.raw(key, [at])
-            bend = Bend(key, {out.nr: G}, raw)
-            _, dtype, device = meta(at)
-            self.form = _Diagonal(bend.times([torch.ones((1, *at.shape), dtype=dtype, device=device)])[0][0].detach())
-        self.chain = chain
+        if len(self.edges) == 1 and (found := bending(self.plan.route, self.edges[0], self.plan.N)) is not None:
+            self.bending, self.form = found, found.form(self.plan.top.loss)
 
     def metric(self) -> Tensor:
         """[N, C, C]; [N, C] where that is a diagonal."""
         if self._dense is None:
             N = self.plan.N
-            known = None if self.form is None or self.chain else self.form.dense(N)
+            known = None if self.bending is None or self.form is None or self.bending.chain else self.form.dense(N)
             self._dense = self._by_products() if known is None else known
         return self._dense
 
@@ -150,44 +202,20 @@ class Head:
 
         Of a softmax, the columns of a root: all weigh one, which every later step is the faster for. Else unit columns.
         """
-        form, N = self.form, self.plan.N
-        if isinstance(form, _Softmax) and form.p.dim() == 2 and form.dim == 1 and self._a_row_each():
-            C = form.p.shape[1]
-            u, w = form.root(torch.eye(C, dtype=form.p.dtype, device=form.p.device).unsqueeze(1))
-            if w is None:
-                return self._down(u), form.p.new_ones(()).expand(N, C)
+        if self.bending is not None and self.form is not None:
+            root = self.bending.root(self.form, self.plan.N)
+            if root is not None:
+                return [root[0]], root[1]
         _, dtype, device = meta(self.edges[0])
         like = torch.zeros((), dtype=dtype, device=device)
         return unit_columns(self.edges, [self.plan.layout[e] for e in self.edges], like), self.metric()
 
-    def _a_row_each(self) -> bool:
-        """Is the n-th row of what bends made of the n-th sample, by the structure of the way there? A sample that has
-        two rows would see the sum of their columns, whose square is not the sum of squares."""
-        plain = Layout(self.plan.N)
-        for edge, below in zip(self.chain, [*self.chain[1:], *self.edges], strict=False):
-            rule = placing(edge.node)
-            shapes = [below.shape if e is not None else None for e in children(edge.node)]
-            found = None if rule is None else rule.into(edge.node, plain, edge.shape, shapes)
-            if found is None or [la for la, s in zip(found, shapes, strict=True) if s is not None] != [plain]:
-                return False
-        return (self.chain[0] if self.chain else self.edges[0]).shape[:1] == (self.plan.N,)
-
-    def _down(self, t: Tensor) -> list[Tensor]:
-        """From what bends to the output of the model."""
-        for edge in self.chain:
-            found = [c for c in pull(edge.node, {edge.nr: t}) if c is not None]
-            (t,) = found
-        return [t.to(meta(self.edges[0])[1])]
-
     def draw(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
         """Random columns [V, *tensor] of each edge whose second moment is this Hessian, and their metric."""
-        K, N, form = wish.samples, self.plan.N, self.form
-        if form is None:
+        if self.bending is None or self.form is None:
             return self._draw_apart(wish)
-        like = form.p if isinstance(form, _Softmax) else form.d
-        u, w = form.root(_signs((K, *like.shape), like, wish))
-        t = u if w is None else torch.cat([u, w])
-        return self._down(t), _metric(K, N, like, paired=w is not None)
+        columns, metric = self.bending.draw(self.form, wish, self.plan.N)
+        return [columns], metric
 
     def _draw_apart(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
         """From the eigenvectors of each sample's own."""

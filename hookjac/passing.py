@@ -1,30 +1,34 @@
-"""Gradients of single samples, read while the user's own backward passes.
+"""Gradients of single samples, read while the user's own backward passes; and other columns, sent by autograd itself.
 
 The loss gradient is the one column that needs no walk of ours: autograd carries it past every layer anyway, and a hook
-on the layer's node sees it. What has to be known beforehand is where the samples lie there and which parameters meet
-which rule. That follows from the structure of the graph wherever `structure` can tell, so it is worked out once, by a
-plan as for any other quantity, and remembered under a description of that structure. Each step describes its own graph
-anew, and takes this way only if it finds the same.
+on the layer's node sees it. A few more columns from the outputs, a root of the loss's Hessian or random ones, autograd
+carries fast enough, one after the other, when it is asked for nothing but what those layers see. What has to be known
+beforehand is where the samples lie there and which parameters meet which rule. That follows from the structure of the
+graph wherever `structure` can tell, so it is worked out once, by a plan as for any other quantity, and remembered under
+a description of that structure. Each step describes its own graph anew, and takes this way only if it finds the same.
 
-N samples.
+N samples · V columns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hookjac.checkpoints import is_reentrant
+from hookjac.curvature import cut
 from hookjac.explain import Explanation
 from hookjac.factor import Factor, total
-from hookjac.graph import Edge, Node, attributes
+from hookjac.graph import Edge, Node, attributes, gradients
+from hookjac.head import Bending, bending
 from hookjac.limits import refuse_large_results
 from hookjac.plan import Plan
-from hookjac.quantity.record import Quantity, Received, demand_samples
+from hookjac.quantity.record import GGN, Loss, Quantity, Received, Sampled, Wish, demand_samples
 from hookjac.rule import node_rule
 from hookjac.samples import Layout
 from hookjac.tape import Tape
@@ -121,32 +125,59 @@ class Take:
 class Passage:
     """Where to look as a backward of this structure passes."""
 
-    def __init__(self, plan: Plan, found: Described, explanation: Explanation) -> None:
+    def __init__(self, plan: Plan, found: Described, explanation: Explanation, *, curved: bool) -> None:
         index = {node: k for k, node in enumerate(found.nodes)}
         number = {p: k for k, p in enumerate(plan.names)}
         self.N, self.explanation, self.names = plan.N, explanation, list(plan.names.values())
         self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
         self.uses = [len(plan.uses.of.get(p, ())) for p in plan.names]
         self.takes: list[Take] = []
+        self.size = 0  # entries of one column at all of them
         for key, uses in plan.uses.at.items():
             (edge,) = plan.route.outs[key]
             here = [(number[p], int(u.slot), tuple((index[e.node], e.nr) for e in u.chain)) for p, u in uses]
             self.takes.append(Take(index[edge.node], edge.nr, plan.layout[edge], here))
+            self.size += edge.shape.numel()
+        self.curved = curved  # whether anybody looked for what follows
+        self.bending = _bending(plan, index) if curved else None
+
+    def serves(self, quantities: Sequence[Quantity]) -> bool:
+        """None of them asks for more columns than fit side by side, or for a loss without a closed form."""
+        for wish in {q.wish for q in quantities}:
+            if isinstance(wish, Loss):
+                continue
+            if self.bending is None or not isinstance(wish, (GGN, Sampled)):
+                return False
+            V = wish.samples if isinstance(wish, Sampled) else self.out_shape.numel()
+            if V * self.size > _BESIDE or (
+                isinstance(wish, GGN) and not (self.bending.a_row_each and self.bending.dim)
+            ):
+                return False
+        return True
 
     def run(
         self,
         found: Described,
+        loss: Tensor,
         params: Sequence[nn.Parameter],
         quantities: Sequence[Quantity],
+        quiet: Callable[[], contextlib.AbstractContextManager[None]],
         call: Callable[[], Any],
-    ) -> tuple[Any, list[list[Any]]]:
-        """The user's backward, and for each parameter the result of each quantity."""
+    ) -> tuple[Any, list[list[Any]]] | None:
+        """The user's backward, and for each parameter the result of each quantity. None: these values have no root."""
         for q in quantities:
             demand_samples(q, self.N)
         if any(q.entries is not None for q in quantities):
             refuse_large_results(quantities, params, self.names, self.N, self.out_shape.numel())
         reading = _Reading(self, found, params, quantities)
-        handles = [found.nodes[take.index].register_prehook(reading.at(take)) for take in self.takes]
+        others = dict.fromkeys(q.wish for q in reversed(quantities) if not isinstance(q.wish, Loss))
+        if others:
+            with torch.no_grad(), quiet():
+                if not reading.send(loss, others):
+                    return None
+        handles = []
+        if len(others) < len({q.wish for q in quantities}):
+            handles = [found.nodes[take.index].register_prehook(reading.at(take)) for take in self.takes]
         try:
             answer = call()
         finally:
@@ -155,20 +186,59 @@ class Passage:
         return answer, reading.results()
 
 
+_BESIDE = 1 << 25  # entries
+
+
+def _bending(plan: Plan, index: Mapping[Node, int]) -> Bending | None:
+    """That of the loss in the model's one output, told by the numbers of nodes."""
+    edges, bare = cut(plan)
+    if plan.lost or bare or len(edges) != 1 or (found := bending(plan.route, edges[0], plan.N)) is None:
+        return None
+
+    def number(edge: Edge) -> Edge:
+        return Edge(index[edge.node], edge.nr)
+
+    return found._replace(
+        at=number(found.at), out=number(found.out), output=number(found.output), chain=[number(e) for e in found.chain]
+    )
+
+
 class _Reading:
     """One backward's worth of it."""
 
     def __init__(
-        self,
-        passage: Passage,
-        found: Described,
-        params: Sequence[nn.Parameter],
-        quantities: Sequence[Quantity],
+        self, passage: Passage, found: Described, params: Sequence[nn.Parameter], quantities: Sequence[Quantity]
     ) -> None:
         self.passage, self.found, self.params, self.quantities = passage, found, params, quantities
         self.open = list(passage.uses)
         self.factors: list[list[Factor]] = [[] for _ in params]
+        self.sent: dict[Wish, tuple[list[list[Factor]], Tensor]] = {}  # factors of each parameter, and the metric
         self.made: list[list[Any] | None] = [None] * len(params)
+
+    def send(self, loss: Tensor, wishes: Iterable[Wish]) -> bool:
+        """Columns of the outputs, by autograd's own engine, which computes no more than what the takes see."""
+        passage, nodes = self.passage, self.found.nodes
+        at = passage.bending
+        assert at is not None
+
+        def real(edge: Edge) -> Edge:
+            return Edge(nodes[edge.node], edge.nr)
+
+        at = at._replace(at=real(at.at), out=real(at.out), output=real(at.output), chain=[real(e) for e in at.chain])
+        form = at.form(loss)
+        targets = [Edge(nodes[take.index], take.nr) for take in passage.takes]
+        for wish in wishes:
+            made = at.draw(form, wish, passage.N) if isinstance(wish, Sampled) else at.root(form, passage.N)
+            if made is None:
+                return False
+            columns, metric = made
+            rows = [gradients([at.output], targets, [u]) for u in columns]
+            factors: list[list[Factor]] = [[] for _ in self.params]
+            for k, take in enumerate(passage.takes):
+                G = rows[0][k].unsqueeze(0) if len(rows) == 1 else torch.stack([row[k] for row in rows])
+                self._parts(take, G, factors)
+            self.sent[wish] = factors, metric
+        return True
 
     def at(self, take: Take) -> Callable[[tuple[Tensor | None, ...]], None]:
         def see(gradients: tuple[Tensor | None, ...]) -> None:
@@ -183,7 +253,7 @@ class _Reading:
 
         return see
 
-    def _meet(self, take: Take, G: Tensor) -> None:  # G [1, *out]
+    def _parts(self, take: Take, G: Tensor, into: list[list[Factor]]) -> None:  # G [V, *out]
         node = self.found.nodes[take.index]
         rule = node_rule(node)
         assert rule is not None
@@ -191,23 +261,33 @@ class _Reading:
             factor = rule.part(node, slot, G, take.layout)
             if chain:
                 factor = down(tuple(Edge(self.found.nodes[i], nr) for i, nr in chain), factor)
-            self.factors[k].append(factor)
+            into[k].append(factor)
+
+    def _meet(self, take: Take, G: Tensor) -> None:  # G [1, *out]
+        self._parts(take, G, self.factors)
         for k, _, _ in take.uses:
             self.open[k] -= 1
             if not self.open[k]:
                 self._finish(k)
 
     def _finish(self, k: int) -> None:
-        factors, self.factors[k] = self.factors[k], []
-        whole = total(factors) if factors else None
+        loss, self.factors[k] = self.factors[k], []
+        wholes: dict[Wish, Factor | None] = {}
         passage, param = self.passage, self.params[k]
         found = []
         for q in self.quantities:
-            factor, M = whole, passage.N
+            factors, metric = (
+                (loss, None) if isinstance(q.wish, Loss) else (self.sent[q.wish][0][k], self.sent[q.wish][1])
+            )
+            if q.wish not in wholes:
+                wholes[q.wish] = total(factors) if factors else None
+            factor, M = wholes[q.wish], passage.N
             if q.subsample is not None:
                 M = len(q.subsample)
-                factor = whole and whole.samples(torch.tensor(q.subsample, device=param.device))
-            pieces = [] if factor is None else [(factor, None)]
+                pick = torch.tensor(q.subsample, device=param.device)
+                factor = factor and factor.samples(pick)
+                metric = metric if metric is None else metric[pick]
+            pieces = [] if factor is None else [(factor, metric)]
             found.append(q.reduce(Received(param, passage.N, M, passage.out_shape, pieces)))
         self.made[k] = found
 

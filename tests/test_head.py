@@ -128,7 +128,8 @@ def test_second_moment_of_random_columns(name: str, seen: list[head.Head]) -> No
         u, w = found.form.root(units)
         pair = []
         for t in (u, u if w is None else w):
-            for edge in found.chain:
+            assert found.bending is not None
+            for edge in found.bending.chain:
                 (t,) = [c for c in pull(edge.node, {edge.nr: t}) if c is not None]
             pair.append(t.reshape(len(units), N, -1))
         close(torch.einsum("vnc,vnd->ncd", *pair), hessians(loss, out), name)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, C, Case, D, Fn, N, mlp, par, random_loss
-from oracle import close, grad, trainable
+from oracle import close, expected, grad, trainable
 from test_exact import prepare
 from test_models import OWN, gpt2
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import hookjac
 from hookjac import HookjacError, extend
 
+PLAIN = [c for c in CASES if c.output is None and c.oracle is None and c.loss is None]
 ALL = ("grad_sample", "grad_sample_norm", "grad_sample_gram", "grad_sq_sum", "grad_var")
 
 
@@ -78,9 +79,7 @@ def step(model: nn.Module, run: Callable[[], Any], loss: Callable[[Any], Tensor]
     return ext
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.output is None and c.oracle is None and c.loss is None], ids=str
-)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_every_case_over_and_over(case: Case, passes: list[int]) -> None:
     model, run, pick = prepare(case)
     other, run_other, _ = prepare(case, seed=5)  # other data, same structure as a rule
@@ -116,6 +115,85 @@ def test_gpt2(passes: list[int]) -> None:
         with extend(model, *ALL, output="logits"):
             random_loss(model(input_ids=ids).logits).backward()
         check(model, wanted)
+    assert len(passes) == 2
+
+
+CURVED = ("ggn_diag", "ggn_diag_sample", "grad_sample_norm")
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_columns_that_autograd_sends(case: Case, passes: list[int]) -> None:
+    """A root of cross entropy's Hessian and random columns: as loops and as the first step had them."""
+    model, run, _ = prepare(case)
+    out = run()
+    if out.dim() != 2:
+        pytest.skip("one row of logits for each sample")
+    y = torch.arange(len(out)) % out.shape[1]
+    loss = lambda o: F.cross_entropy(o, y)
+    wanted = expected(model, run, loss)
+    found: list[dict[str, Any]] = []
+    for _ in range(3):
+        generator = torch.Generator().manual_seed(3)
+        drawn = (hookjac.GGNDiagMC(samples=2, generator=generator), hookjac.KFAC(fisher="exact"))
+        step(model, run, loss, *CURVED, *drawn)
+        for name, p in trainable(model).items():
+            close(p.ggn_diag, wanted[name]["ggn_diag"], name)  # type: ignore[attr-defined]
+        found.append({n: (p.ggn_diag_mc, p.ggn_diag_sample, p.kfac) for n, p in trainable(model).items()})  # type: ignore[attr-defined]
+    for later in found[1:]:
+        for name, (mc, each, kfac) in later.items():
+            close(mc, found[0][name][0], (name, "mc"))
+            close(each, found[0][name][1], (name, "each"))
+            if not isinstance(kfac, hookjac.KroneckerSum):
+                close(kfac.B, found[0][name][2].B, (name, "B"))
+    if case.road == "rule" and case.name not in BY_VALUES:
+        assert len(passes) == 2
+
+
+@pytest.mark.parametrize("name", ["squared", "smoothed", "for and against", "two losses", "by rows and columns"])
+def test_losses_and_the_columns_that_are_sent(name: str, passes: list[int]) -> None:
+    """Where there is no root, the walk goes on as before."""
+    y = torch.tensor([0, 2, 1, 1])
+    signs = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    loss: Callable[[Tensor], Tensor] = {
+        "squared": lambda o: o.square().sum(1).mean(),
+        "smoothed": lambda o: F.cross_entropy(o / 2, y, label_smoothing=0.3),
+        "for and against": lambda o: (signs * F.cross_entropy(o, y, reduction="none")).sum(),
+        "two losses": lambda o: F.cross_entropy(o, y) + o.square().sum(),
+        "by rows and columns": lambda o: F.cross_entropy(o[[2, 2, 0, 1]], y),
+    }[name]
+    model, x = mlp(nn.Tanh), torch.randn(N, D)
+    wanted = expected(model, lambda: model(x), loss)
+    for _ in range(4):
+        step(model, lambda: model(x), loss, "ggn_diag", "grad_sample")
+        for key, p in trainable(model).items():
+            close(p.ggn_diag, wanted[key]["ggn_diag"], key)  # type: ignore[attr-defined]
+            close(p.grad_sample, wanted[key]["grad_sample"], key)  # type: ignore[attr-defined]
+    assert len(passes) == {"smoothed": 3}.get(name, 0)
+
+
+def test_curvature_after_steps_that_asked_for_none(passes: list[int]) -> None:
+    model, x, y = mlp(nn.Tanh), torch.randn(N, D), torch.tensor([0, 2, 1, 1])
+    loss = lambda o: F.cross_entropy(o, y)
+    wanted = expected(model, lambda: model(x), loss)
+    for asked in ("grad_sample", "grad_sample", "ggn_diag", "ggn_diag", "hess_diag", "ggn_diag"):
+        step(model, lambda: model(x), loss, asked)
+        for key, p in trainable(model).items():
+            close(getattr(p, asked), wanted[key][asked], (key, asked))
+    assert len(passes) == 3
+
+
+def test_subsamples_of_columns_that_are_sent(passes: list[int]) -> None:
+    model, x, y = mlp(nn.Tanh), torch.randn(N, D), torch.tensor([0, 2, 1, 1])
+    for _ in range(3):
+        step(
+            model,
+            lambda: model(x),
+            lambda o: F.cross_entropy(o, y),
+            "ggn_diag_sample",
+            hookjac.GGNDiag(subsample=[3, 1]),
+        )
+        for p in model.parameters():
+            close(p.ggn_diag, p.ggn_diag_sample[[3, 1]].sum(0), "subsample")  # type: ignore[attr-defined]
     assert len(passes) == 2
 
 
