@@ -23,7 +23,7 @@ from hookjac.loss import scalar
 from hookjac.members import Members
 from hookjac.operator import Curvature
 from hookjac.passing import Described, Passage, describe, may_pass, passed, recall, remember
-from hookjac.plan import make_plan
+from hookjac.plan import Plan, make_plan
 from hookjac.quantity import Quantity, parse
 from hookjac.quantity.record import GGN, Graph, Loss, Sampled
 from hookjac.rule import foreign
@@ -199,11 +199,14 @@ class extend:
                 elif not passage.curved:
                     passage = "unknown"  # nobody asked for curvature then
             described = described if passage == "unknown" else None
-        # a graph made outside inference mode is differentiable inside it, but only once
-        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), _QUIET_VMAP:
-            count = _hooks()
-            results = self._results(list(tensors), list(weights), members, params, described)
-            self._tape.hooks += _hooks() - count
+        results = self._planned(tensors, weights, members, params, described)
+        if isinstance(results, Passage):  # at once: the first step shall not differ from the others, not by a bit
+            assert described is not None
+            done = self._pass(results, described, tensors[0], params, call)
+            if done is not None:
+                return done[0]
+            results = self._planned(tensors, weights, members, params, None)
+        assert not isinstance(results, Passage)
         self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
         answer = call()
         for p in params.values():
@@ -237,6 +240,22 @@ class extend:
         self._explanation = passage.explanation
         return (answer,)
 
+    def _planned(
+        self,
+        tensors: Sequence[Tensor],
+        weights: Sequence[Tensor | None],
+        members: Members,
+        params: dict[str, nn.Parameter],
+        described: Described | None,
+    ) -> Results | Passage:
+        """The results of a walk; or, of a graph that was described, the passage that makes one needless."""
+        # a graph made outside inference mode is differentiable inside it, but only once
+        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), _QUIET_VMAP:
+            count = _hooks()
+            found = self._results(list(tensors), list(weights), members, params, described)
+            self._tape.hooks += _hooks() - count
+        return found
+
     def _results(
         self,
         tensors: list[Tensor],
@@ -244,7 +263,7 @@ class extend:
         members: Members,
         params: dict[str, nn.Parameter],
         described: Described | None,
-    ) -> Results:
+    ) -> Results | Passage:
         for t in tensors:
             if not isinstance(t, Tensor):
                 raise HookjacError(
@@ -262,20 +281,35 @@ class extend:
         current = {id(p) for p in members.params.values()}
         with Recomputed() as recomputed:
             plan = make_plan(self._tape, loss, params, known, current, recomputed)
+            if described is not None:
+                passage = self._passage(plan, described, loss, params, known, current, recomputed)
+                remember(self.model, tuple(params), described, passage)
+                if passage is not None and passage.serves(self.quantities):
+                    return passage
             quiet = functools.partial(self._watch.quiet, self.model)
             walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
             results = walk.run()
             self._operators = walk.operators
             self._explanation = explain(self.model, plan, walk.seeds.roads)
-            if described is not None:
-                passage = None
-                with contextlib.suppress(HookjacError):  # this step has been served, and the next will be, too
-                    by_nodes = make_plan(self._tape, loss, params, known, current, recomputed, set(plan.route.calls))
-                    if may_pass(by_nodes):
-                        curved = any(q.curved for q in self.quantities)
-                        passage = Passage(by_nodes, described, self._explanation, curved=curved)
-                remember(self.model, tuple(params), described, passage)
         return results
+
+    def _passage(
+        self,
+        plan: Plan,
+        described: Described,
+        loss: Tensor,
+        params: dict[str, nn.Parameter],
+        known: dict[int, str],
+        current: set[int],
+        recomputed: Recomputed,
+    ) -> Passage | None:
+        """The way past this graph's nodes, if its structure says all there is to know."""
+        with contextlib.suppress(HookjacError):  # what is amiss, the walk will say
+            by_nodes = make_plan(self._tape, loss, params, known, current, recomputed, set(plan.route.calls))
+            if may_pass(by_nodes):
+                curved = any(q.curved for q in self.quantities)
+                return Passage(by_nodes, described, explain(self.model, plan, None), curved=curved)
+        return None
 
 
 def _hooks() -> int:

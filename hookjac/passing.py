@@ -149,9 +149,9 @@ class Passage:
             if self.bending is None or not isinstance(wish, (GGN, Sampled)):
                 return False
             V = wish.samples if isinstance(wish, Sampled) else self.out_shape.numel()
-            if V * self.size > _BESIDE or (
-                isinstance(wish, GGN) and not (self.bending.a_row_each and self.bending.dim)
-            ):
+            if isinstance(wish, GGN) and not (self.bending.a_row_each and self.bending.dim):
+                return False
+            if V * self.size > (_ALONE if V == 1 else _BESIDE):
                 return False
         return True
 
@@ -186,7 +186,8 @@ class Passage:
         return answer, reading.results()
 
 
-_BESIDE = 1 << 25  # entries
+# Entries of all columns at all takes: one column is autograd's business, several large ones go faster side by side
+_ALONE, _BESIDE = 1 << 26, 1 << 19
 
 
 def _bending(plan: Plan, index: Mapping[Node, int]) -> Bending | None:

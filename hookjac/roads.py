@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hookjac import structure
 from hookjac.curvature import bends, features, worth_rerooting
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor
@@ -141,6 +142,8 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
     while candidates:
         roads.active = {k for k in route.needed(candidates) if k in plan.below}
         roads.curves, lost = {}, set()
+        if all(_flat(plan, roads, key) for key in roads.active if key in inside):
+            return candidates  # piecewise linear, by its structure
         group = Group("loss", 1)
         seeds: dict[Edge, Columns] = {
             e: {group: g.detach().unsqueeze(0)} for e, g in zip(plan.top.frontier, plan.top.gradients, strict=True)
@@ -172,6 +175,16 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
         candidates = candidates - lost
     roads.active, roads.curves = set(), {}
     return candidates
+
+
+def _flat(plan: Plan, roads: Roads, key: Key) -> bool:
+    """Is this station known to have no second derivative in what it is given?"""
+    route = plan.route
+    call = route.calls.get(key)
+    if call is not None:
+        return call.rule.bend is None
+    below = [e for e in plan.uses.data(route, key) if route.key(e) in roads.active and e.leaf is None]
+    return not below or structure.bend(key, route.raw(key, below)) == "none"
 
 
 def _params_below(plan: Plan, edges: Collection[Edge]) -> set[int]:

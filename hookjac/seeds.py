@@ -69,7 +69,8 @@ class Seeds:
             self._demand_outputs(gauss_newton, bare)
         if self._named(Loss):
             self._demand_summands()
-        if self._named(Loss, Diagonal) or by_columns:
+        bent = by_columns and self.roads is not None and bool(self.roads.curves or self.roads.crossings)
+        if self._named(Loss, Diagonal) or bent:
             for edge, g in zip(plan.top.frontier, plan.top.gradients, strict=True):
                 self.start.setdefault(edge, {})[self.loss] = saved(g).unsqueeze(0)
             self.groups[Loss()] = self.loss

@@ -146,8 +146,14 @@ class Outer:
         return torch.einsum("knblo,vnblo->kvn", met, self.g)
 
     def back(self, U: Tensor) -> Tensor:  # [K, V, N] -> [K, *p]
-        g = torch.einsum("kvn,vnblo->knblo", U, self.g)
-        return self._fold(torch.einsum("knblo,nbli->kboi", g, self.a))
+        V, N, B, L, o = self.g.shape
+        if V == 1:
+            g = U[:, 0, :, None, None, None] * self.g  # [K, N, B, L, o]
+        else:
+            g = (U.permute(2, 0, 1) @ self.g.transpose(0, 1).reshape(N, V, B * L * o)).view(N, len(U), B, L, o)
+            g = g.transpose(0, 1)
+        found = [_stacked([inner(s, t) for s, t in zip(k.unbind(1), self.a.unbind(1), strict=True)]) for k in g]
+        return self._fold(torch.stack(found))
 
     def each_gram(self, other: Outer) -> Tensor:  # -> [N, V, V']
         V, N, _, L, o = self.g.shape

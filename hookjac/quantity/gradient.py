@@ -123,8 +123,8 @@ def _back(factor: Factor, U: Tensor) -> Tensor:
 def _sq_sum(got: Received) -> Tensor:
     out, factor = got.zeros(), got.factor
     if factor is not None:
-        ones = torch.ones(got.M, 1, dtype=factor.tensors[0].dtype, device=out.device)
-        out = out + factor.quad(ones)
+        one = torch.ones((), dtype=factor.tensors[0].dtype, device=out.device)
+        out = out + factor.quad(one.expand(got.M, 1))
     if got.direct is not None:
         share = got.direct.head / got.N
         if factor is not None:
