@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hookjac import memory
 from hookjac.checkpoints import Recomputed
+from hookjac.described import Described, describe
 from hookjac.engine import Results, Walk
 from hookjac.errors import HookjacError
 from hookjac.explain import Explanation, explain
@@ -22,13 +23,14 @@ from hookjac.jacobian import Jacobian
 from hookjac.loss import scalar
 from hookjac.members import Members
 from hookjac.operator import Curvature
-from hookjac.passing import Described, Passage, describe, may_pass, passed, recall, remember
-from hookjac.plan import Plan, make_plan
+from hookjac.passage import Passage, known, passage_of, recall, remember
+from hookjac.passing import Pass, serves
+from hookjac.plan import make_plan
 from hookjac.quantity import Quantity, parse
-from hookjac.quantity.record import GGN, Graph, Loss, Sampled
+from hookjac.quantity.record import GGN, Diagonal, Graph, Hessian, Loss, Output, Probes, Sampled
 from hookjac.rule import foreign
 from hookjac.tape import Select, Tape
-from hookjac.watch import Watch
+from hookjac.watch import Start, Watch
 
 
 class extend:
@@ -74,9 +76,10 @@ class extend:
                 f"create_graph=True serves quantities of the gradient and of the Jacobian; {curved[0]!r} is made of "
                 "second derivatives. Ask for it in a block of its own, or name what you want: extend(model, 'jac')."
             )
-        self._light = not create_graph and all(isinstance(q.wish, (Loss, Sampled, GGN)) for q in self.quantities)
+        served = (Loss, Output, GGN, Sampled, Hessian)
+        self._light = not create_graph and all(isinstance(q.wish, served) for q in self.quantities)
         self._open = False
-        self._switches = contextlib.ExitStack()
+        self._switches: contextlib.ExitStack | None = None
         self._explanation: Explanation | None = None
         self._operators: dict[str, Curvature] = {}
         self._found: dict[str, dict[str, Any]] = {}  # quantity -> parameter -> its result
@@ -101,19 +104,26 @@ class extend:
         self._may_pass = self._light and not foreign(members.kinds)
         # A layer's note holds no graph to what it saved; its autograd nodes do. And where the user's backward carries
         # the columns, nodes know all that is needed
-        noted = not self._create_graph and not (self._may_pass and passed(self.model))
+        noted = not self._create_graph and not (self._may_pass and self._passes())
         self._tape = Tape(members, self._output, rules=noted)
         keep = self._create_graph or any(isinstance(q.wish, Graph) for q in self.quantities)
         self._watch = Watch(self._tape, self._backward, keep)
-        if not self._light:
-            self._switches.enter_context(_QUIET_VMAP)
-        if self._create_graph or any(q.curved for q in self.quantities):
-            self._switches.enter_context(_MATH_ATTENTION)
+        self._switch()
         self._open = True
         self._tape.install()
         self._hooks = _hooks()
         self._watch.enter()
         return self
+
+    def _switch(self) -> None:
+        twice = any(isinstance(q.wish, (Hessian, Diagonal, Probes, Graph)) for q in self.quantities)
+        if self._light and not twice:
+            return
+        self._switches = contextlib.ExitStack()
+        if not self._light:
+            self._switches.enter_context(_QUIET_VMAP)
+        if self._create_graph or twice:
+            self._switches.enter_context(_MATH_ATTENTION)
 
     def __exit__(self, *exc: object) -> None:
         if not self._open:
@@ -122,7 +132,8 @@ class extend:
         self._held = {}
         self._watch.leave()
         self._tape.remove()
-        self._switches.close()
+        if self._switches is not None:
+            self._switches.close()
 
     def explain(self) -> Explanation:
         """Which road every parameter took in the last backward of this block, and why."""
@@ -165,21 +176,15 @@ class extend:
             raise self._missing(kind, name)
         return self._operators[kind]
 
-    def _backward(
-        self,
-        call: Callable[[], Any],
-        tensors: Sequence[Tensor],
-        weights: Sequence[Tensor | None],
-        inputs: Sequence[Any] | None,
-    ) -> Any:
+    def _backward(self, start: Start) -> Any:
         """One backward of the user's: ours first, while the graph is alive; then theirs; results last."""
         members = Members(self.model)
         params = members.trainable
-        if inputs is not None:
-            chosen = {id(t.node.variable) if hasattr(getattr(t, "node", None), "variable") else id(t) for t in inputs}
+        if start.inputs is not None:
+            chosen = {id(getattr(getattr(t, "node", None), "variable", t)) for t in start.inputs}
             listed = {name: p for name, p in params.items() if id(p) in chosen}
             if not listed:
-                return call()  # a gradient towards something else, inputs say: not ours
+                return start.call()  # a gradient towards something else, inputs say: not ours
             params = listed
         for p in params.values():
             for q in self.quantities:
@@ -187,72 +192,71 @@ class extend:
                 vars(p).pop(q.name, None)
         self._found = {}
         memory.turn()
-        described = None
-        if self._may_pass and inputs is None and len(tensors) == 1 and weights[0] is None and not self._hooked():
-            described = describe(self._tape, tensors[0], {id(p): k for k, p in enumerate(params.values())})
-            passage = None if described is None else recall(self.model, tuple(params), described)
-            if described is not None and isinstance(passage, Passage):
-                if passage.serves(self.quantities):
-                    done = self._pass(passage, described, tensors[0], params, call)
-                    if done is not None:
-                        return done[0]
-                elif not passage.curved:
-                    passage = "unknown"  # nobody asked for curvature then
-            described = described if passage == "unknown" else None
-        results = self._planned(tensors, weights, members, params, described)
+        described = self._describe(start, params)
+        passage: Passage | str | None = None
+        if described is not None:
+            passage = recall(self.model, tuple(params), described)
+            described = described if passage is not None else None
+        if isinstance(passage, Passage):
+            if serves(passage, self.quantities):
+                return self._pass(passage, described, start, params)
+            described = None
+        results = self._planned(start, members, params, described)
         if isinstance(results, Passage):  # at once: the first step shall not differ from the others, not by a bit
-            assert described is not None
-            done = self._pass(results, described, tensors[0], params, call)
-            if done is not None:
-                return done[0]
-            results = self._planned(tensors, weights, members, params, None)
-        assert not isinstance(results, Passage)
-        self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
-        answer = call()
+            return self._pass(results, described, start, params)
+        answer = start.call()
         for p in params.values():
             for name, value in results[id(p)].items():
                 setattr(p, name, value)
+        self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
         return answer
+
+    def _describe(self, start: Start, params: dict[str, nn.Parameter]) -> Described | None:
+        if not self._may_pass or start.inputs is not None or len(start.tensors) != 1 or start.weights[0] is not None:
+            return None
+        loss = start.tensors[0]
+        if self._hooked() or not isinstance(loss, Tensor) or loss.numel() != 1:
+            return None
+        return describe(self._tape, loss, {id(p): k for k, p in enumerate(params.values())})
+
+    def _passes(self) -> bool:
+        """Is there a structure of this model whose passage serves what is asked for?"""
+        return any(passage is not None and serves(passage, self.quantities) for passage in known(self.model))
 
     def _hooked(self) -> bool:
         """Was a hook registered since the block began, in the model's forward or after it? It may change gradients."""
         return _hooks() != self._hooks + self._tape.hooks
 
     def _pass(
-        self,
-        passage: Passage,
-        described: Described,
-        loss: Tensor,
-        params: dict[str, nn.Parameter],
-        call: Callable[[], Any],
-    ) -> tuple[Any] | None:
-        """Columns that autograd carries itself, on a graph of known structure. None: these values need a walk."""
+        self, passage: Passage, described: Described | None, start: Start, params: dict[str, nn.Parameter]
+    ) -> Any:
+        """Columns that go by what is known of the graph's structure."""
+        assert described is not None
         count = _hooks()
-        quiet = functools.partial(self._watch.quiet, self.model)
-        done = passage.run(described, loss, list(params.values()), self.quantities, quiet, call)
+        run = Pass(passage, described, list(params.values()), self.quantities)
+        answer, found = run.run(start, functools.partial(self._watch.quiet, self.model))
         self._tape.hooks += _hooks() - count
-        if done is None:
-            return None
-        answer, found = done
+        curved = any(isinstance(q.wish, Hessian) for q in self.quantities)
+        self._explanation = passage.curved if curved else passage.explanation
+        names = [q.name for q in self.quantities]
         for p, values in zip(params.values(), found, strict=True):
-            for q, value in zip(self.quantities, values, strict=True):
-                setattr(p, q.name, value)
-        self._explanation = passage.explanation
-        return (answer,)
+            for name, value in zip(names, values, strict=True):
+                setattr(p, name, value)
+        self._found = {
+            name: {key: values[k] for key, values in zip(params, found, strict=True)}
+            for k, name in enumerate(names)
+            if name in ("jac", "ntk")
+        }
+        return answer
 
     def _planned(
-        self,
-        tensors: Sequence[Tensor],
-        weights: Sequence[Tensor | None],
-        members: Members,
-        params: dict[str, nn.Parameter],
-        described: Described | None,
+        self, start: Start, members: Members, params: dict[str, nn.Parameter], described: Described | None
     ) -> Results | Passage:
         """The results of a walk; or, of a graph that was described, the passage that makes one needless."""
         # a graph made outside inference mode is differentiable inside it, but only once
         with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), _QUIET_VMAP:
             count = _hooks()
-            found = self._results(list(tensors), list(weights), members, params, described)
+            found = self._results(list(start.tensors), list(start.weights), members, params, described)
             self._tape.hooks += _hooks() - count
         return found
 
@@ -277,14 +281,17 @@ class extend:
                     why = "something between the model and the loss detached it"
                 raise HookjacError(f"the loss does not require grad: {why}.")
         loss = scalar(tensors, weights)
-        known = {id(p): name for name, p in self._held.items()}
+        held = {id(p): name for name, p in self._held.items()}
         current = {id(p) for p in members.params.values()}
         with Recomputed() as recomputed:
-            plan = make_plan(self._tape, loss, params, known, current, recomputed)
+            plan = make_plan(self._tape, loss, params, held, current, recomputed)
             if described is not None:
-                passage = self._passage(plan, described, loss, params, known, current, recomputed)
+                passage = None
+                with contextlib.suppress(HookjacError):  # what is amiss, the walk will say
+                    by_nodes = make_plan(self._tape, loss, params, held, current, recomputed, set(plan.route.calls))
+                    passage = passage_of(by_nodes, described, functools.partial(explain, self.model, plan))
                 remember(self.model, tuple(params), described, passage)
-                if passage is not None and passage.serves(self.quantities):
+                if passage is not None and serves(passage, self.quantities):
                     return passage
             quiet = functools.partial(self._watch.quiet, self.model)
             walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
@@ -292,24 +299,6 @@ class extend:
             self._operators = walk.operators
             self._explanation = explain(self.model, plan, walk.seeds.roads)
         return results
-
-    def _passage(
-        self,
-        plan: Plan,
-        described: Described,
-        loss: Tensor,
-        params: dict[str, nn.Parameter],
-        known: dict[int, str],
-        current: set[int],
-        recomputed: Recomputed,
-    ) -> Passage | None:
-        """The way past this graph's nodes, if its structure says all there is to know."""
-        with contextlib.suppress(HookjacError):  # what is amiss, the walk will say
-            by_nodes = make_plan(self._tape, loss, params, known, current, recomputed, set(plan.route.calls))
-            if may_pass(by_nodes):
-                curved = any(q.curved for q in self.quantities)
-                return Passage(by_nodes, described, explain(self.model, plan, None), curved=curved)
-        return None
 
 
 def _hooks() -> int:

@@ -13,7 +13,7 @@ N samples · C entries of one sample's outputs · V columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -62,6 +62,26 @@ class _Softmax:
         u = (e - self.p * e.sum(self.dim + 1, keepdim=True)) * self.scale.abs().sqrt()
         return u, None if bool((self.scale >= 0).all()) else u * self.scale.sign()
 
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """Of one softmax for each sample: the fewest columns [C - 1, N, C], and what each sample's weigh [N]: its sign.
+
+        S = diag √p T, where T [C, C - 1] completes q = √p to an orthonormal basis: the other columns of the reflection
+        that takes q to an axis j. With the likeliest j, 1 + q_j is far from zero and no difference cancels. Column k
+        stands for class k, and column j for the last.
+        """
+        if self.p.dim() != 2 or self.dim != 1 or self.p.shape[1] < 2:
+            return None
+        C = self.p.shape[1]
+        j = self.p.argmax(1, keepdim=True)  # [N, 1]
+        q = self.p.sqrt()
+        top = q.gather(1, j)
+        w = (self.p / (1 + top)).scatter_(1, j, top)
+        q = q * self.scale.abs().sqrt()
+        eye = torch.eye(C, dtype=q.dtype, device=q.device).unsqueeze(1)
+        u = (eye - w) * q.T.unsqueeze(2)  # [C, N, C]
+        here = torch.arange(C - 1, device=q.device).view(-1, 1, 1) == j
+        return torch.where(here, u[C - 1 :], u[: C - 1]), self.scale[:, 0]
+
     def dense(self, N: int) -> Tensor | None:  # -> [N, C, C], or [N, C] if that is diagonal
         if self.p.dim() != 2 or self.dim != 1:
             return None
@@ -78,6 +98,9 @@ class _Diagonal:
     def root(self, e: Tensor) -> tuple[Tensor, Tensor | None]:
         u = e * self.d.abs().sqrt()
         return u, None if bool((self.d >= 0).all()) else u * self.d.sign()
+
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        return None
 
     def dense(self, N: int) -> Tensor | None:
         return self.d.reshape(N, self.d.numel() // max(1, N))
@@ -96,6 +119,11 @@ class Bending(NamedTuple):
     dim: int | None  # of a log-softmax; None: entry by entry
     a_row_each: bool  # the n-th row of what bends is made of the n-th sample
 
+    def renamed(self, name: Callable[[Edge], Edge]) -> Bending:
+        """The same in another graph of this structure, or written in numbers of nodes."""
+        at, out, output = name(self.at), name(self.out), name(self.output)
+        return self._replace(at=at, out=out, output=output, chain=[name(e) for e in self.chain])
+
     def form(self, loss: Tensor) -> Form:
         """The second derivative there."""
         (G,) = gradients([loss], [self.out], [None])
@@ -103,7 +131,8 @@ class Bending(NamedTuple):
             return _Softmax(self.out.node._saved_result.detach().exp(), -G.sum(self.dim, keepdim=True), self.dim)
         bend = Bend(self.out.node, {self.out.nr: G}, [self.at])
         shape, dtype, device = meta(self.at)
-        return _Diagonal(bend.times([torch.ones((1, *shape), dtype=dtype, device=device)])[0][0].detach())
+        with torch.enable_grad():
+            return _Diagonal(bend.times([torch.ones((1, *shape), dtype=dtype, device=device)])[0][0].detach())
 
     def down(self, t: Tensor) -> Tensor:  # [V, *at] -> [V, *output]
         for edge in self.chain:
@@ -112,15 +141,18 @@ class Bending(NamedTuple):
         return t.to(meta(self.output)[1])
 
     def root(self, form: Form, N: int) -> tuple[Tensor, Tensor] | None:
-        """Columns [C, *output] whose second moment is the Hessian, all of which weigh one, and their metric.
+        """Columns [V, *output] whose second moment is the Hessian up to signs, and these as their metric.
 
         For a softmax of a row for each sample; None otherwise.
         """
-        if not isinstance(form, _Softmax) or form.p.dim() != 2 or form.dim != 1 or not self.a_row_each:
+        found = form.rows() if self.a_row_each else None
+        if found is None:
             return None
-        C = form.p.shape[1]
-        u, w = form.root(torch.eye(C, dtype=form.p.dtype, device=form.p.device).unsqueeze(1))
-        return None if w is not None else (self.down(u), form.p.new_ones(()).expand(N, C))
+        u, weights = found
+        columns = self.down(u)
+        if u.device.type == "cpu" and bool((weights >= 0).all()):  # elsewhere, to ask would be to wait
+            return columns, weights.new_ones(()).expand(N, len(u))
+        return columns, weights.sign().unsqueeze(1).expand(-1, len(u))
 
     def draw(self, form: Form, wish: Sampled, N: int) -> tuple[Tensor, Tensor]:
         """Random columns [V, *output] with that second moment, and their metric."""
@@ -172,23 +204,44 @@ def _a_row_each(chain: list[Edge], output: Edge, N: int) -> bool:
 
 @dataclass(eq=False)
 class Head:
-    """The Hessian of the loss in `edges`, joint for each sample."""
+    """The Hessian of the loss in `edges`, joint for each sample.
 
-    plan: Plan
+    edges: as the user's graph has them. bending: the closed form, where there is one. demand: raises where what lies
+    above cannot be differentiated twice.
+    """
+
+    loss: Tensor
     edges: list[Edge]
-    bending: Bending | None = field(init=False, default=None)
+    layouts: list[Layout]
+    N: int
+    bending: Bending | None
+    demand: Callable[[], None] = lambda: None
     form: Form | None = field(init=False, default=None)
     _dense: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if len(self.edges) == 1 and (found := bending(self.plan.route, self.edges[0], self.plan.N)) is not None:
-            self.bending, self.form = found, found.form(self.plan.top.loss)
+        if self.bending is not None:
+            self.form = self.bending.form(self.loss)
+
+    @classmethod
+    def of(cls, plan: Plan, edges: list[Edge]) -> Head:
+        route = plan.route
+        network = leading_to(route, edges)
+
+        def demand() -> None:
+            route.demand_twice(k for k in route.order if k in plan.needed and k in network)
+
+        found = bending(route, edges[0], plan.N) if len(edges) == 1 else None
+        return cls(
+            plan.top.loss, [route.real(e) for e in edges], [plan.layout[e] for e in edges], plan.N, found, demand
+        )
 
     def metric(self) -> Tensor:
         """[N, C, C]; [N, C] where that is a diagonal."""
         if self._dense is None:
-            N = self.plan.N
-            known = None if self.bending is None or self.form is None or self.bending.chain else self.form.dense(N)
+            known = None
+            if self.bending is not None and self.form is not None and not self.bending.chain:
+                known = self.form.dense(self.N)
             self._dense = self._by_products() if known is None else known
         return self._dense
 
@@ -203,23 +256,26 @@ class Head:
         Of a softmax, the columns of a root: all weigh one, which every later step is the faster for. Else unit columns.
         """
         if self.bending is not None and self.form is not None:
-            root = self.bending.root(self.form, self.plan.N)
+            root = self.bending.root(self.form, self.N)
             if root is not None:
                 return [root[0]], root[1]
+        return self.units(), self.metric()
+
+    def units(self) -> list[Tensor]:
+        """Unit columns [C, *tensor] of each edge."""
         _, dtype, device = meta(self.edges[0])
-        like = torch.zeros((), dtype=dtype, device=device)
-        return unit_columns(self.edges, [self.plan.layout[e] for e in self.edges], like), self.metric()
+        return unit_columns(self.edges, self.layouts, torch.zeros((), dtype=dtype, device=device))
 
     def draw(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
         """Random columns [V, *tensor] of each edge whose second moment is this Hessian, and their metric."""
         if self.bending is None or self.form is None:
             return self._draw_apart(wish)
-        columns, metric = self.bending.draw(self.form, wish, self.plan.N)
+        columns, metric = self.bending.draw(self.form, wish, self.N)
         return [columns], metric
 
     def _draw_apart(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
         """From the eigenvectors of each sample's own."""
-        H, N, layout = self.full(), self.plan.N, self.plan.layout
+        H, N = self.full(), self.N
         values, vectors = torch.linalg.eigh(H)
         signs = _signs((wish.samples, *values.shape), H, wish)
         size = values.abs().sqrt()
@@ -231,13 +287,13 @@ class Head:
             u = torch.cat([u, w])
         parts = u.split([e.shape.numel() // N for e in self.edges], 2)
         columns = [
-            layout[edge].join(t.reshape(len(u), N, -1), edge.shape).to(meta(edge)[1])
-            for edge, t in zip(self.edges, parts, strict=True)
+            layout.join(t.reshape(len(u), N, -1), edge.shape).to(meta(edge)[1])
+            for edge, layout, t in zip(self.edges, self.layouts, parts, strict=True)
         ]
         return columns, _metric(wish.samples, N, H, paired=paired)
 
     def _by_products(self) -> Tensor:
-        plan, route, N = self.plan, self.plan.route, self.plan.N
+        N = self.N
         C = sum(e.shape.numel() // max(1, N) for e in self.edges)
         if N * C * C > _LARGEST:
             raise HookjacError(
@@ -246,10 +302,10 @@ class Head:
                 "grad_sample; or ggn_diag_mc and kfac under a loss whose Hessian has a closed form (cross entropy, "
                 "squared or logistic errors); or take fewer outputs."
             )
-        network = leading_to(route, self.edges)
         try:
-            route.demand_twice(k for k in route.order if k in plan.needed and k in network)
-            return hessian(plan.top.loss, [route.real(e) for e in self.edges], N)
+            self.demand()
+            with torch.enable_grad():
+                return hessian(self.loss, self.edges, N)
         except RuntimeError as error:
             raise HookjacError(
                 f"the loss cannot be differentiated twice in the model's output ({error}); curvature needs that."

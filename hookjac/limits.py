@@ -5,13 +5,12 @@ N samples · C entries of one sample's output · P parameters · V columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.memory import available, said
-from hookjac.plan import Plan
 from hookjac.quantity.record import GGN, Averaged, Diagonal, Hessian, Output, Quantity, Wish
 
 _NOTICED = 1 << 28  # bytes: below, nobody needs to be asked what is left
@@ -39,17 +38,17 @@ def refuse_large_results(
             )
 
 
-def refuse_many_columns(plan: Plan, asked: Iterable[tuple[Wish, str]], C: int) -> None:
-    """Columns of which not even those at the widest place would fit, and the unit columns that they start from."""
-    shapes = [(e.shape.numel(), e) for key in plan.route.order if key in plan.needed for e in plan.route.outs[key]]
-    widest = max((n for n, e in shapes if e.leaf is None), default=0)
-    for wish, name in asked:
+def refuse_many_columns(asked: Mapping[Wish, str], C: int, widest: int, like: Tensor) -> None:
+    """Columns of which not even those at the widest place would fit, and the unit columns that they start from.
+
+    asked: each wish with the name of a quantity that has it. widest: entries of the largest tensor that they pass.
+    """
+    for wish, name in asked.items():
         if not isinstance(wish, (Output, GGN, Averaged, Diagonal, Hessian)):
             continue
         V = len(wish.rows) if isinstance(wish, Output) and wish.rows is not None else C
-        some = next(iter(plan.params.values()))
-        need = some.element_size() * (float(V) * widest + float(V) * C)
-        if need < _NOTICED or need <= (left := available(some.device)):
+        need = like.element_size() * (float(V) * widest + float(V) * C)
+        if need < _NOTICED or need <= (left := available(like.device)):
             continue
         raise HookjacError(
             f"{name} needs {V:,} columns, one for each entry of a sample's output, and each is as large as the "

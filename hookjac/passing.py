@@ -1,11 +1,12 @@
-"""Gradients of single samples, read while the user's own backward passes; and other columns, sent by autograd itself.
+"""Columns that go by what is known of the structure of their graph, and gradients read in passing.
 
 The loss gradient is the one column that needs no walk of ours: autograd carries it past every layer anyway, and a hook
-on the layer's node sees it. A few more columns from the outputs, a root of the loss's Hessian or random ones, autograd
-carries fast enough, one after the other, when it is asked for nothing but what those layers see. What has to be known
-beforehand is where the samples lie there and which parameters meet which rule. That follows from the structure of the
-graph wherever `structure` can tell, so it is worked out once, by a plan as for any other quantity, and remembered under
-a description of that structure. Each step describes its own graph anew, and takes this way only if it finds the same.
+on the layer's node sees it. Few or small columns from the output are autograd's engine's business as well, asked for
+nothing but what those layers see; more of them go side by side by the closed forms of the nodes. Nothing is planned
+here: all that has to be known is in the `Passage`.
+
+Where that is cheaper, the parameters' own gradients are taken from what was read (their sum over the samples), and
+autograd does not compute them a second time.
 
 N samples · V columns.
 """
@@ -13,318 +14,327 @@ N samples · V columns.
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hookjac.checkpoints import is_reentrant
-from hookjac.curvature import cut
-from hookjac.explain import Explanation
-from hookjac.factor import Factor, total
-from hookjac.graph import Edge, Node, attributes, gradients
-from hookjac.head import Bending, bending
-from hookjac.limits import refuse_large_results
-from hookjac.plan import Plan
-from hookjac.quantity.record import GGN, Loss, Quantity, Received, Sampled, Wish, demand_samples
-from hookjac.rule import node_rule
+from hookjac.deliver import deliver
+from hookjac.described import Described
+from hookjac.errors import HookjacError
+from hookjac.factor import Factor, Outer, total
+from hookjac.factor.metric import CHUNK
+from hookjac.graph import Edge, gradients, meta, pull
+from hookjac.head import Head, unit_columns
+from hookjac.limits import refuse_large_results, refuse_many_columns
+from hookjac.passage import Numbered, Passage, Take
+from hookjac.quantity.record import GGN, Hessian, Loss, Output, Quantity, Received, Sampled, demand_samples
 from hookjac.samples import Layout
-from hookjac.tape import Tape
+from hookjac.seeds import wanted_rows
 from hookjac.uses import down
+from hookjac.watch import Start
 
-_REMEMBERED = 32  # structures of one model: a last batch of another size, sequences of several lengths
+Quiet = Callable[[], contextlib.AbstractContextManager[None]]
 
-Structure = tuple[Any, ...]
-
-
-class Described:
-    """The graph of one loss: its nodes, as they are met, and what there is to say of each but its values."""
-
-    __slots__ = ("nodes", "structure")
-
-    def __init__(self, nodes: list[Node], structure: Structure) -> None:
-        self.nodes, self.structure = nodes, structure
+# Measured: what a node costs in autograd's engine, and here; what a batched call of one without a closed form does (us)
+_IN_ENGINE, _STARTED, _BY_WAY, _BY_VMAP = 4.0, 15.0, 8.0, 150.0
 
 
-def describe(tape: Tape, loss: Tensor, position: Mapping[int, int]) -> Described | None:
-    """position: id of a parameter to serve -> its number. None where a graph is no fixed structure (a checkpoint), or
-    where something is amiss that the plan has words for."""
-    if loss.grad_fn is None:
-        return None
-    nodes: list[Node] = [loss.grad_fn]
-    index: dict[Node, int] = {loss.grad_fn: 0}
-    facts: list[Any] = []
-    for node in nodes:  # grows as we go
-        kind = type(node)
-        told = _KINDS.get(kind) or _kind(node)
-        what: Any = kind
-        if told.leaf:
-            variable = node.variable
-            (out,) = node._input_metadata
-            if out.dtype != variable.dtype or tuple(out.shape) != variable.shape:
-                return None
-            facts.append((position.get(id(variable), -1), type(variable), *out.shape, out.dtype))
+def serves(passage: Passage, quantities: Sequence[Quantity]) -> bool:
+    """Are all of them made of columns that this passage carries?"""
+    for q in quantities:
+        wish = q.wish
+        if isinstance(wish, Loss):
             continue
-        if told.reopens:
-            return None
-        if told.numbers:
-            what = (kind, *[_fixed(getattr(node, name)) for name in told.numbers])
-        below: list[int | None] = []
-        for child, nr in node.next_functions:
-            if child is None:
-                below.append(None)
+        if passage.output is None:
+            return False
+        if isinstance(wish, (GGN, Sampled)) and passage.splits:
+            continue
+        if isinstance(wish, Hessian) and passage.curved is not None:
+            if wish.road in ("auto", "columns") and passage.curved.flops <= wish.flop_limit:
                 continue
-            k = index.get(child)
-            if k is None:
-                k = index[child] = len(nodes)
-                nodes.append(child)
-            below += (k, nr)
-        marks: Any = node.metadata.get(tape)
-        if marks is not None:
-            marks = tuple([(nr, mark.selected, mark.output) for nr, mark in marks.items() if mark.output]) or None
-        facts.append((what, marks, *[(*out.shape, out.dtype) for out in node._input_metadata], *below))
-    return Described(nodes, tuple(facts))
+            return False
+        if not isinstance(wish, Output):
+            return False
+    return True
 
 
-class _Kind(NamedTuple):
-    """What does not differ between nodes of one type. numbers: names of what they save besides tensors."""
+@dataclass(eq=False)
+class _Group:
+    """Columns that travel together, and which quantities they are for. rows: numbers of the columns that one means."""
 
-    leaf: bool
-    reopens: bool
-    numbers: tuple[str, ...]
-
-
-_KINDS: weakref.WeakKeyDictionary[type, _Kind] = weakref.WeakKeyDictionary()
-
-
-def _kind(node: Node) -> _Kind:
-    held = {name.removeprefix("_raw") for name in attributes(node, "_raw_saved_")}  # tensors: not to be read
-    numbers = tuple(name for name in attributes(node, "_saved_") if name not in held)
-    found = _KINDS[type(node)] = _Kind(Edge(node, 0).leaf is not None, is_reentrant(node), numbers)
-    return found
+    asked: list[tuple[int, Quantity]] = field(default_factory=list)
+    metric: Tensor | None = None
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    whole: bool = False  # the sums over the samples are wanted, too
 
 
-def _fixed(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple([_fixed(v) for v in value])
-    return value if isinstance(value, (int, float, str, type(None))) else type(value)
-
-
-class Take:
-    """A node at which parameters meet a rule."""
-
-    __slots__ = ("index", "layout", "nr", "uses")
-
-    def __init__(self, index: int, nr: int, layout: Layout, uses: list[tuple[int, int, tuple[Any, ...]]]) -> None:
-        self.index, self.nr, self.layout = index, nr, layout
-        self.uses = uses  # number of the parameter, its place there, the nodes between
-
-
-class Passage:
-    """Where to look as a backward of this structure passes."""
-
-    def __init__(self, plan: Plan, found: Described, explanation: Explanation, *, curved: bool) -> None:
-        index = {node: k for k, node in enumerate(found.nodes)}
-        number = {p: k for k, p in enumerate(plan.names)}
-        self.N, self.explanation, self.names = plan.N, explanation, list(plan.names.values())
-        self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
-        self.uses = [len(plan.uses.of.get(p, ())) for p in plan.names]
-        self.takes: list[Take] = []
-        self.size = 0  # entries of one column at all of them
-        for key, uses in plan.uses.at.items():
-            (edge,) = plan.route.outs[key]
-            here = [(number[p], int(u.slot), tuple((index[e.node], e.nr) for e in u.chain)) for p, u in uses]
-            self.takes.append(Take(index[edge.node], edge.nr, plan.layout[edge], here))
-            self.size += edge.shape.numel()
-        self.curved = curved  # whether anybody looked for what follows
-        self.bending = _bending(plan, index) if curved else None
-
-    def serves(self, quantities: Sequence[Quantity]) -> bool:
-        """None of them asks for more columns than fit side by side, or for a loss without a closed form."""
-        for wish in {q.wish for q in quantities}:
-            if isinstance(wish, Loss):
-                continue
-            if self.bending is None or not isinstance(wish, (GGN, Sampled)):
-                return False
-            V = wish.samples if isinstance(wish, Sampled) else self.out_shape.numel()
-            if isinstance(wish, GGN) and not (self.bending.a_row_each and self.bending.dim):
-                return False
-            if V * self.size > (_ALONE if V == 1 else _BESIDE):
-                return False
-        return True
-
-    def run(
-        self,
-        found: Described,
-        loss: Tensor,
-        params: Sequence[nn.Parameter],
-        quantities: Sequence[Quantity],
-        quiet: Callable[[], contextlib.AbstractContextManager[None]],
-        call: Callable[[], Any],
-    ) -> tuple[Any, list[list[Any]]] | None:
-        """The user's backward, and for each parameter the result of each quantity. None: these values have no root."""
-        for q in quantities:
-            demand_samples(q, self.N)
-        if any(q.entries is not None for q in quantities):
-            refuse_large_results(quantities, params, self.names, self.N, self.out_shape.numel())
-        reading = _Reading(self, found, params, quantities)
-        others = dict.fromkeys(q.wish for q in reversed(quantities) if not isinstance(q.wish, Loss))
-        if others:
-            with torch.no_grad(), quiet():
-                if not reading.send(loss, others):
-                    return None
-        handles = []
-        if len(others) < len({q.wish for q in quantities}):
-            handles = [found.nodes[take.index].register_prehook(reading.at(take)) for take in self.takes]
-        try:
-            answer = call()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return answer, reading.results()
-
-
-# Entries of all columns at all takes: one column is autograd's business, several large ones go faster side by side
-_ALONE, _BESIDE = 1 << 26, 1 << 19
-
-
-def _bending(plan: Plan, index: Mapping[Node, int]) -> Bending | None:
-    """That of the loss in the model's one output, told by the numbers of nodes."""
-    edges, bare = cut(plan)
-    if plan.lost or bare or len(edges) != 1 or (found := bending(plan.route, edges[0], plan.N)) is None:
-        return None
-
-    def number(edge: Edge) -> Edge:
-        return Edge(index[edge.node], edge.nr)
-
-    return found._replace(
-        at=number(found.at), out=number(found.out), output=number(found.output), chain=[number(e) for e in found.chain]
-    )
-
-
-class _Reading:
+class Pass:
     """One backward's worth of it."""
 
     def __init__(
         self, passage: Passage, found: Described, params: Sequence[nn.Parameter], quantities: Sequence[Quantity]
     ) -> None:
-        self.passage, self.found, self.params, self.quantities = passage, found, params, quantities
-        self.open = list(passage.uses)
-        self.factors: list[list[Factor]] = [[] for _ in params]
-        self.sent: dict[Wish, tuple[list[list[Factor]], Tensor]] = {}  # factors of each parameter, and the metric
-        self.made: list[list[Any] | None] = [None] * len(params)
+        self.passage, self.nodes, self.params, self.quantities = passage, found.nodes, params, quantities
+        self.made: list[list[Any]] = [[None] * len(quantities) for _ in params]
+        self.sums: list[Tensor | None] = [None] * len(params)
+        for q in quantities:
+            demand_samples(q, passage.N)
+        if any(q.entries is not None for q in quantities):
+            refuse_large_results(quantities, params, passage.names, passage.N, passage.out_shape.numel())
 
-    def send(self, loss: Tensor, wishes: Iterable[Wish]) -> bool:
-        """Columns of the outputs, by autograd's own engine, which computes no more than what the takes see."""
-        passage, nodes = self.passage, self.found.nodes
-        at = passage.bending
-        assert at is not None
+    def run(self, start: Start, quiet: Quiet) -> tuple[Any, list[list[Any]]]:
+        """The user's backward, and for each parameter the result of each quantity."""
+        loss = _Group()
+        others: list[tuple[int, Quantity]] = []
+        for k, q in enumerate(self.quantities):
+            (loss.asked if isinstance(q.wish, Loss) else others).append((k, q))
+        if others:
+            with torch.inference_mode(False), torch.no_grad(), quiet():
+                for group, columns in self._groups(start.tensors[0], others):
+                    self._send(group, columns)
+        by_engine = self._by_engine(start, loss)
+        if by_engine is None:
+            return self._read(start, loss), self.made
+        self._read_all(start, loss, by_engine)
+        return None, self.made
 
-        def real(edge: Edge) -> Edge:
-            return Edge(nodes[edge.node], edge.nr)
+    # Columns from the output --------------------------------------------------------------------------------------
 
-        at = at._replace(at=real(at.at), out=real(at.out), output=real(at.output), chain=[real(e) for e in at.chain])
-        form = at.form(loss)
-        targets = [Edge(nodes[take.index], take.nr) for take in passage.takes]
-        for wish in wishes:
-            made = at.draw(form, wish, passage.N) if isinstance(wish, Sampled) else at.root(form, passage.N)
-            if made is None:
-                return False
-            columns, metric = made
-            rows = [gradients([at.output], targets, [u]) for u in columns]
-            factors: list[list[Factor]] = [[] for _ in self.params]
-            for k, take in enumerate(passage.takes):
-                G = rows[0][k].unsqueeze(0) if len(rows) == 1 else torch.stack([row[k] for row in rows])
-                self._parts(take, G, factors)
-            self.sent[wish] = factors, metric
-        return True
+    def _real(self, edge: Numbered) -> Edge:
+        return Edge(self.nodes[edge.node], edge.nr)
 
-    def at(self, take: Take) -> Callable[[tuple[Tensor | None, ...]], None]:
+    def _groups(self, loss: Tensor, asked: list[tuple[int, Quantity]]) -> Iterator[tuple[_Group, Tensor]]:
+        passage = self.passage
+        assert passage.output is not None
+        at, N = self._real(passage.output), passage.N
+        C = passage.out_shape.numel()
+        refuse_many_columns({q.wish: q.name for _, q in reversed(asked)}, C, passage.widest, self.params[0])
+        outs = {k: q.wish for k, q in asked if isinstance(q.wish, Output)}
+        curved = [(k, q) for k, q in asked if isinstance(q.wish, (GGN, Hessian))]
+        sampled: dict[Sampled, list[tuple[int, Quantity]]] = {}
+        for k, q in asked:
+            if isinstance(q.wish, Sampled):
+                sampled.setdefault(q.wish, []).append((k, q))
+        bends = None if passage.bending is None else passage.bending.renamed(self._real)
+        head = Head(loss, [at], [Layout(N)], N, bends) if curved or sampled else None
+        if outs:
+            rows = wanted_rows([(wish, self.quantities[k].name) for k, wish in outs.items()], passage.out_shape)
+            (units,) = unit_columns([at], [Layout(N)], _zero(at))
+            group = _Group([(k, self.quantities[k]) for k in outs])
+            for k, wish in outs.items():
+                if wish.rows is not None:
+                    group.rows[k] = torch.tensor([rows.index(r) for r in wish.rows], device=units.device)
+            if curved and len(rows) == C:  # the same unit columns serve both
+                assert head is not None
+                group.asked, group.metric, curved = group.asked + curved, head.metric(), []
+            yield group, units if len(rows) == C else units[rows]
+        if curved:
+            assert head is not None
+            (columns,), metric = head.columns()
+            yield _Group(curved, metric), columns
+        for drawn, quantities in sampled.items():
+            assert head is not None
+            (columns,), metric = head.draw(drawn)
+            yield _Group(quantities, metric), columns
+
+    def _send(self, group: _Group, U: Tensor) -> None:  # U [V, *output]
+        """By autograd's own engine, one by one, or all side by side by closed forms: whichever costs less."""
+        passage, V = self.passage, len(U)
+        reading = _Reading(self, group)
+        steps = len(passage.steps)
+        engine = V * (_STARTED + _IN_ENGINE * steps)
+        if V == 0 or engine > _BY_WAY * steps + _BY_VMAP * passage.odd:
+            self._side_by_side(U, reading)
+        else:
+            self._one_by_one(U, reading)
+        reading.close()
+
+    def _one_by_one(self, U: Tensor, reading: _Reading) -> None:
+        assert self.passage.output is not None
+        at, takes = self._real(self.passage.output), self.passage.takes
+        rows = [gradients([at], [Edge(self.nodes[t.number], t.nr) for t in takes], [u]) for u in U]
+        for k, take in enumerate(takes):
+            reading.meet(take, rows[0][k].unsqueeze(0) if len(rows) == 1 else torch.stack([row[k] for row in rows]))
+
+    def _side_by_side(self, U: Tensor, reading: _Reading) -> None:
+        passage, nodes = self.passage, self.nodes
+        assert passage.output is not None
+        waiting = {passage.output: U}
+        for step in passage.steps:
+            here = {e.nr: waiting.pop(e) for e in step.outs if e in waiting}
+            if not here:
+                continue
+            take = step.take
+            if take is not None and take.nr in here:
+                reading.meet(take, here[take.nr])
+            if not step.wanted:
+                continue
+            found = pull(nodes[step.number], here, step.wanted)
+            for slot, below in zip(step.wanted, step.below, strict=True):
+                t = found[slot]
+                if t is not None:
+                    waiting[below] = waiting[below] + t if below in waiting else t
+
+    # The loss gradient --------------------------------------------------------------------------------------------
+
+    def _read(self, start: Start, group: _Group) -> Any:
+        """As the user's own backward passes."""
+        if not group.asked:
+            return start.call()
+        reading = _Reading(self, group)
+        handles = [self.nodes[t.number].register_prehook(reading.hook(t)) for t in self.passage.takes]
+        try:
+            answer = start.call()
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.no_grad():
+            reading.close()
+        return answer
+
+    def _read_all(self, start: Start, group: _Group, by_engine: list[int]) -> None:
+        """Autograd goes down to the last layers only, and to the parameters that it serves itself; what the others'
+        gradients add up to is delivered."""
+        passage, nodes, params = self.passage, self.nodes, self.params
+        group.whole = True
+        reading = _Reading(self, group)
+        reading.later = []
+        targets = [GradientEdge(nodes[t.number], t.nr) for t in passage.last]
+        targets += [get_gradient_edge(params[k]) for k in by_engine]
+        last = {t.number for t in passage.last}
+        handles = [nodes[t.number].register_prehook(reading.hook(t)) for t in passage.takes if t.number not in last]
+        try:
+            found = torch.autograd.grad(start.tensors, targets, retain_graph=start.retain, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.no_grad():
+            for take, g in zip(passage.last, found[: len(last)], strict=True):
+                if g is not None:
+                    reading.meet(take, g.unsqueeze(0))
+            reading.catch_up()
+            reading.close()
+        for k, g in zip(by_engine, found[len(last) :], strict=True):
+            self.sums[k] = g
+        del found
+        served = [k for k, t in enumerate(self.sums) if t is not None]
+        sums = [self.sums[k] for k in served]
+        self.sums.clear()
+        deliver([params[k] for k in served], sums)
+
+    def _by_engine(self, start: Start, group: _Group) -> list[int] | None:
+        """The parameters whose own gradients autograd had better compute; None: all, as it would anyway."""
+        passage = self.passage
+        usual = start.fills and not start.creates and passage.alone and not torch.is_anomaly_enabled()
+        if not usual or passage.flops < _WORTH or self.params[0].device.type != "cpu":
+            return None
+        built = any(q.each for _, q in group.asked)
+        found, flops = [], 0.0
+        for k, (p, cost) in enumerate(zip(self.params, passage.costs, strict=True)):
+            if p._backward_hooks or not p.is_contiguous():
+                return None
+            small = passage.N * p.numel() <= CHUNK
+            if cost.copies and not (built and small):
+                found.append(k)
+            else:
+                flops += cost.flops
+        return found if flops >= _WORTH else None
+
+
+_WORTH = 3e7  # FLOPs; below, delivering costs more than it saves
+
+
+class _Reading:
+    """What the parameters receive of one group of columns."""
+
+    def __init__(self, owner: Pass, group: _Group) -> None:
+        self.owner, self.group = owner, group
+        self.nodes, self.uses = owner.nodes, owner.passage.uses
+        self.open = list(self.uses)
+        self.factors: dict[int, list[Factor]] = {}  # of parameters that are used more than once
+        self.prepares = group.whole and any(q.each for _, q in group.asked)
+        self.later: list[tuple[int, Factor, tuple[Numbered, ...]]] | None = None
+
+    def hook(self, take: Take) -> Callable[[tuple[Tensor | None, ...]], None]:
         def see(gradients: tuple[Tensor | None, ...]) -> None:
             g = gradients[take.nr]
             if g is None:
                 return
             if not torch.is_grad_enabled():
-                self._meet(take, g.unsqueeze(0))
+                self.meet(take, g.unsqueeze(0))
                 return
             with torch.no_grad():  # a backward that makes a graph
-                self._meet(take, g.detach().unsqueeze(0))
+                self.meet(take, g.detach().unsqueeze(0))
 
         return see
 
-    def _parts(self, take: Take, G: Tensor, into: list[list[Factor]]) -> None:  # G [V, *out]
-        node = self.found.nodes[take.index]
-        rule = node_rule(node)
-        assert rule is not None
-        for k, slot, chain in take.uses:
-            factor = rule.part(node, slot, G, take.layout)
+    def meet(self, take: Take, G: Tensor) -> None:  # G [V, *out]
+        node, part = self.nodes[take.number], take.rule.part
+        for k, slot, chain, turned in take.uses:
+            factor = part(node, slot, G, take.layout)
             if chain:
-                factor = down(tuple(Edge(self.found.nodes[i], nr) for i, nr in chain), factor)
-            into[k].append(factor)
+                moved = factor.turned() if turned and isinstance(factor, Outer) else None
+                if moved is not None:
+                    factor = moved
+                elif self.later is None:
+                    factor = down(tuple(self.owner._real(e) for e in chain), factor)
+                else:
+                    self.later.append((k, factor, chain))
+                    continue
+            self._take(k, factor)
 
-    def _meet(self, take: Take, G: Tensor) -> None:  # G [1, *out]
-        self._parts(take, G, self.factors)
-        for k, _, _ in take.uses:
-            self.open[k] -= 1
-            if not self.open[k]:
-                self._finish(k)
+    def _take(self, k: int, factor: Factor) -> None:
+        self.open[k] -= 1
+        if self.uses[k] == 1:
+            self._finish(k, factor)
+            return
+        self.factors.setdefault(k, []).append(factor)
+        if not self.open[k]:
+            self._finish(k, total(self.factors.pop(k)))
 
-    def _finish(self, k: int) -> None:
-        loss, self.factors[k] = self.factors[k], []
-        wholes: dict[Wish, Factor | None] = {}
-        passage, param = self.passage, self.params[k]
-        found = []
-        for q in self.quantities:
-            factors, metric = (
-                (loss, None) if isinstance(q.wish, Loss) else (self.sent[q.wish][0][k], self.sent[q.wish][1])
-            )
-            if q.wish not in wholes:
-                wholes[q.wish] = total(factors) if factors else None
-            factor, M = wholes[q.wish], passage.N
+    def catch_up(self) -> None:
+        """What had to wait. Within a backward that serves some edges only, a node that we call computes nothing for
+        the others; and what lies between a parameter and its layer is never among those."""
+        later, self.later = self.later or [], None
+        for k, factor, chain in later:
+            self._take(k, down(tuple(self.owner._real(e) for e in chain), factor))
+
+    def close(self) -> None:
+        """A parameter that was not met by all receives nothing more."""
+        for k, left in enumerate(self.open):
+            if left or not self.uses[k]:
+                found = self.factors.get(k)
+                self._finish(k, total(found) if found else None)
+
+    def _finish(self, k: int, whole: Factor | None) -> None:
+        owner, group = self.owner, self.group
+        param, N, out = owner.params[k], owner.passage.N, owner.passage.out_shape
+        if self.prepares and whole is not None:
+            whole.prepare()
+        for number, q in group.asked:
+            metric, factor, M = group.metric if isinstance(q.wish, _CURVED) else None, whole, N
             if q.subsample is not None:
                 M = len(q.subsample)
                 pick = torch.tensor(q.subsample, device=param.device)
-                factor = factor and factor.samples(pick)
-                metric = metric if metric is None else metric[pick]
-            pieces = [] if factor is None else [(factor, metric)]
-            found.append(q.reduce(Received(param, passage.N, M, passage.out_shape, pieces)))
-        self.made[k] = found
-
-    def results(self) -> list[list[Any]]:
-        """After the backward: a parameter that it did not meet has gradients of zero."""
-        for k, found in enumerate(self.made):
-            if found is None:
-                with torch.no_grad():
-                    self._finish(k)
-        return [found for found in self.made if found is not None]
+                factor, metric = factor and factor.samples(pick), metric if metric is None else metric[pick]
+            if factor is not None and number in group.rows:
+                factor = factor.columns(group.rows[number])
+            pieces = () if factor is None else ((factor, metric),)
+            try:
+                owner.made[k][number] = q.reduce(Received(param, N, M, out, pieces))
+            except HookjacError as error:
+                raise HookjacError(f"{q.name} of parameter {owner.passage.names[k]!r}: {error}") from error
+        if group.whole and whole is not None:
+            owner.sums[k] = whole.summed.to(param.dtype)
 
 
-# What is remembered -----------------------------------------------------------------------------------------------
-
-_PASSAGES: weakref.WeakKeyDictionary[nn.Module, dict[Structure, Passage | None]] = weakref.WeakKeyDictionary()
+_CURVED = (GGN, Hessian, Sampled)
 
 
-def passed(model: nn.Module) -> bool:
-    """Is there a structure of this model that is passed through?"""
-    return any(passage is not None for passage in _PASSAGES.get(model, {}).values())
-
-
-def recall(model: nn.Module, names: tuple[str, ...], found: Described) -> Passage | Literal["unknown"] | None:
-    """None: this structure is known, and there is no passage."""
-    known = _PASSAGES.get(model)
-    return "unknown" if known is None else known.get((names, found.structure), "unknown")
-
-
-def remember(model: nn.Module, names: tuple[str, ...], found: Described, passage: Passage | None) -> None:
-    known = _PASSAGES.setdefault(model, {})
-    while len(known) >= _REMEMBERED:
-        known.pop(next(iter(known)))
-    known[names, found.structure] = passage
-
-
-def may_pass(plan: Plan) -> bool:
-    """Is all that the plan found a matter of structure, and every parameter met by rules of nodes alone?"""
-    plain = not (plan.glue or plan.masked or plan.top.direct or plan.top.entwined or plan.route.calls)
-    return plan.certain and plain and not (plan.route.reopened or plan.route.recomputes)
+def _zero(edge: Edge) -> Tensor:
+    _, dtype, device = meta(edge)
+    return torch.zeros((), dtype=dtype, device=device)

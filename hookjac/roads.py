@@ -142,7 +142,7 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
     while candidates:
         roads.active = {k for k in route.needed(candidates) if k in plan.below}
         roads.curves, lost = {}, set()
-        if all(_flat(plan, roads, key) for key in roads.active if key in inside):
+        if all(_flat(plan, roads.active, key) for key in roads.active & inside):
             return candidates  # piecewise linear, by its structure
         group = Group("loss", 1)
         seeds: dict[Edge, Columns] = {
@@ -177,14 +177,25 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
     return candidates
 
 
-def _flat(plan: Plan, roads: Roads, key: Key) -> bool:
+def _flat(plan: Plan, active: Collection[Key], key: Key) -> bool:
     """Is this station known to have no second derivative in what it is given?"""
     route = plan.route
     call = route.calls.get(key)
     if call is not None:
         return call.rule.bend is None
-    below = [e for e in plan.uses.data(route, key) if route.key(e) in roads.active and e.leaf is None]
+    below = [e for e in plan.uses.data(route, key) if route.key(e) in active and e.leaf is None]
     return not below or structure.bend(key, route.raw(key, below)) == "none"
+
+
+def piecewise_linear(plan: Plan, edges: Collection[Edge]) -> bool:
+    """Is the network below these edges known, by its structure, to be linear in what each parameter makes of its input?
+    Then its Hessian is its Gauss-Newton matrix."""
+    for uses in plan.uses.of.values():
+        if not all(straight(plan.route, use) for use in uses) or _feeding(plan, uses) != []:
+            return False
+    active = plan.route.needed(plan.names.keys()) & plan.below
+    inside = reachable(plan.route, [plan.route.key(e) for e in edges])
+    return all(_flat(plan, active, key) for key in active & inside)
 
 
 def _params_below(plan: Plan, edges: Collection[Edge]) -> set[int]:

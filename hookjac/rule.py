@@ -151,6 +151,8 @@ class NodeRule:
     mixed: slot -> `(node, slot, g [*out], X [V, *data], layout) -> Factor`: the second derivative in the operand and in
         the one input that holds data, applied to V tangents X of that input; None where it is zero. Without it, a
         parameter that is used here and again further down goes by products.
+    copies: its factors hold what had to be copied first (the patches of a convolution): nothing that is done for its
+        own sake.
     """
 
     name: str
@@ -160,6 +162,7 @@ class NodeRule:
     part: Callable[[Node, int, Tensor, Layout], Factor]
     refuses: Callable[[Node, Layout], str | None] = field(default=lambda node, layout: None)
     mixed: Mapping[int, Callable[[Node, int, Tensor, Tensor, Layout], Factor] | None] = field(default_factory=dict)
+    copies: bool = False
 
     def __post_init__(self) -> None:
         if not self.nodes or not all(isinstance(n, str) and n.isidentifier() for n in self.nodes):

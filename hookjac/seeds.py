@@ -5,7 +5,7 @@ V columns · N samples · C entries of one sample's outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,7 +59,10 @@ class Seeds:
         if self._named(GGN, Sampled, Averaged, Diagonal, Hessian, Graph):
             self.edges, bare = cut(plan)
         C = sum(e.shape.numel() // plan.N for e in self.edges)
-        refuse_many_columns(plan, self.asked.items(), C or (plan.selected[0].shape[1:].numel() if plan.selected else 0))
+        C = C or (plan.selected[0].shape[1:].numel() if plan.selected else 0)
+        below = [e for key in plan.needed for e in plan.route.outs[key] if e.leaf is None]
+        widest = max((e.shape.numel() for e in below), default=0)
+        refuse_many_columns(self.asked, C, widest, next(iter(plan.params.values())))
         self._choose_roads(bare)
         by_columns = self.roads is not None and bool(self.roads.active)
         gauss_newton = self._named(GGN, Sampled, Averaged, Diagonal) or (
@@ -77,7 +80,7 @@ class Seeds:
         self._seed_outputs()
         if self._named(GGN, Sampled, Averaged, Diagonal) or by_columns:
             with torch.enable_grad():
-                self._seed_curvature(Head(plan, self.edges), by_columns)
+                self._seed_curvature(by_columns)
 
     def _choose_roads(self, bare: list[str]) -> None:
         wishes = [wish for wish in self.asked if isinstance(wish, Hessian)]
@@ -122,12 +125,9 @@ class Seeds:
             )
         (edge,) = selected
         C = edge.shape[1:].numel()
-        rows = sorted({r for wish in wishes for r in (range(C) if wish.rows is None else wish.rows)})
-        if rows and rows[-1] >= C:
-            raise HookjacError(
-                f"{self._named(Output)}: outputs={rows[-1]} was asked for, but one sample's output of shape "
-                f"{tuple(edge.shape[1:])} has {C} entries (numbered from 0 in row-major order)."
-            )
+        rows = wanted_rows(
+            [(wish, name) for wish, name in self.asked.items() if isinstance(wish, Output)], edge.shape[1:]
+        )
         group = Group("output", len(rows))
         self._enter(group, [edge], [t[rows] if len(rows) < C else t for t in self._units([edge])])
         for wish in wishes:
@@ -135,10 +135,11 @@ class Seeds:
             if wish.rows is not None:
                 self.some[wish] = torch.tensor([rows.index(r) for r in wish.rows], device=meta(edge)[2])
 
-    def _seed_curvature(self, head: Head, by_columns: bool) -> None:
+    def _seed_curvature(self, by_columns: bool) -> None:
         plan, edges = self.plan, self.edges
         if not edges:
             return
+        head = Head.of(plan, edges)
         output = self.groups.get(Output())
         first: Group | None = None
         if self._named(GGN) or by_columns:
@@ -174,3 +175,15 @@ class Seeds:
     def _units(self, edges: list[Edge]) -> list[Tensor]:
         _, dtype, device = meta(edges[0])
         return unit_columns(edges, [self.plan.layout[e] for e in edges], torch.zeros((), dtype=dtype, device=device))
+
+
+def wanted_rows(wishes: Sequence[tuple[Output, str]], out: torch.Size) -> list[int]:
+    """The entries of one sample's output [*out] that are wanted by any of these, each with a quantity's name."""
+    C = out.numel()
+    for wish, name in wishes:
+        if wish.rows and max(wish.rows) >= C:
+            raise HookjacError(
+                f"{name}: outputs={max(wish.rows)} was asked for, but one sample's output of shape {tuple(out)} has "
+                f"{C} entries (numbered from 0 in row-major order)."
+            )
+    return sorted({r for wish, _ in wishes for r in (range(C) if wish.rows is None else wish.rows)})

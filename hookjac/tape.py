@@ -265,8 +265,11 @@ class Tape:
             self.calls_without_grad += 1
             return
         chosen = select(output, self.output)
-        inputs = [t for _, t in leaves((*args, *kwargs.values()) if kwargs or len(args) != 1 else args[0]) if t.dim()]
-        self.given = [ref for ref in self.given if ref() is not None] + [weakref.ref(t) for t in inputs]
+        usual = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() > 0
+        inputs = list(args) if usual else [t for _, t in leaves((*args, *kwargs.values())) if t.dim()]
+        if self.given:
+            self.given = [ref for ref in self.given if ref() is not None]
+        self.given += [weakref.ref(t) for t in inputs]
         if chosen.dim() == 0 or chosen.is_complex() or not chosen.requires_grad:
             raise _unfit_output(chosen)
         N = chosen.shape[0]

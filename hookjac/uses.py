@@ -160,7 +160,7 @@ def down(chain: tuple[Edge, ...], factor: Factor) -> Factor:
     """A factor of an operand through the nodes between it and the parameter."""
     for edge in chain:
         moved: Factor | None = None
-        if isinstance(factor, Outer) and _turns(edge.node):
+        if isinstance(factor, Outer) and turns(edge.node):
             moved = factor.turned()
         elif isinstance(factor, Outer) and (place := _slice(edge)) is not None:
             moved = factor.padded(*place)
@@ -194,7 +194,7 @@ def _slice(edge: Edge) -> tuple[int, int, int] | None:
     return axis, before, whole[axis] - before - part[axis]
 
 
-def _turns(node: Node) -> bool:
+def turns(node: Node) -> bool:
     """Does this node transpose a matrix?"""
     name = type(node).__name__
     if name == "TBackward0":

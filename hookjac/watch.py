@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
@@ -22,6 +23,24 @@ from torch.overrides import (
 
 from hookjac.errors import HookjacError
 from hookjac.tape import Tape
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A backward of the user's, about to begin.
+
+    call: lets it run. tensors, weights: what it starts from, and with which cotangents (None: 1). inputs: what it was
+    told to serve; None: all. fills: it ends in `.grad` of the leaves. retain: the graph shall live on. creates: it
+    makes a graph itself.
+    """
+
+    call: Callable[[], Any]
+    tensors: Sequence[Tensor]
+    weights: Sequence[Tensor | None]
+    inputs: Sequence[Any] | None
+    fills: bool
+    retain: bool
+    creates: bool
 
 
 class Watch(TorchFunctionMode):
@@ -75,6 +94,8 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _WATCHED:
+            return func(*args, **kwargs)
         if func is torch.Tensor.retain_grad:
             self._retained.append(weakref.ref(args[0]))
         elif func is torch.Tensor.register_hook and not args[0].is_leaf:
@@ -82,9 +103,10 @@ class Watch(TorchFunctionMode):
             return func(tensor, self._unless_busy(hook))
         if func not in _STARTS or self._running or self._busy:
             return func(*args, **kwargs)
-        usual = func is torch.Tensor.backward and len(args) == 1 and not self._keep
-        if usual and kwargs.get("gradient") is None and kwargs.get("inputs") is None:
-            return self._start(lambda: func(*args, **kwargs), args, (None,), None)
+        if (
+            func is torch.Tensor.backward and len(args) == 1 and not kwargs and not self._keep
+        ):  # as it is mostly written
+            return self._start(Start(lambda: func(*args), args, (None,), None, True, False, False))
         start = inspect.signature(func).bind(*args, **kwargs)
         heads, cotangents = _STARTS[func]
         given = start.arguments
@@ -100,14 +122,19 @@ class Watch(TorchFunctionMode):
         tensors = _listed(given[heads])
         weights = [None] * len(tensors) if given.get(cotangents) is None else _listed(given[cotangents])
         inputs = None if given.get("inputs") is None else _listed(given["inputs"])
-        return self._start(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs)
+        creates = bool(given.get("create_graph"))
+        retain = creates if given.get("retain_graph") is None else bool(given["retain_graph"])
+        fills = func is not torch.autograd.grad
+        return self._start(
+            Start(lambda: func(*start.args, **start.kwargs), tensors, weights, inputs, fills, retain, creates)
+        )
 
-    def _start(self, call: Callable[[], Any], tensors: Any, weights: Any, inputs: Any) -> Any:
+    def _start(self, start: Start) -> Any:
         self._running = True
         try:
             backward = self._backward()
             assert backward is not None
-            return backward(call, tensors, weights, inputs)
+            return backward(start)
         finally:
             self._running = False
 
@@ -124,3 +151,4 @@ _STARTS: dict[Any, tuple[str, str]] = {
     torch.autograd.backward: ("tensors", "grad_tensors"),
     torch.autograd.grad: ("outputs", "grad_outputs"),
 }
+_WATCHED = {*_STARTS, torch.Tensor.retain_grad, torch.Tensor.register_hook}

@@ -12,7 +12,7 @@ from cases import C, D, Fn, N
 from oracle import close, expected, trainable
 from torch import Tensor, nn
 
-from hookjac import KFAC, GGNDiagMC, HookjacError, extend, head, seeds
+from hookjac import KFAC, GGNDiagMC, HookjacError, extend, head, passing, seeds
 from hookjac.graph import pull
 
 T = 2
@@ -74,7 +74,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[head.Head]:
             super().__post_init__()
             found.append(self)
 
-    monkeypatch.setattr(seeds, "Head", Seen)
+    for module in (seeds, passing):
+        monkeypatch.setattr(module, "Head", Seen)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block, weighed
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Dense:
     """The contribution itself, [V, N, *p]. `fresh`: nobody else holds its memory."""
 
@@ -51,8 +52,21 @@ class Dense:
         step = max(1, CHUNK // max(1, self.V * self.param.numel()))
         return (slice(n, n + step) for n in range(0, self.N, step))
 
+    @property
+    def built(self) -> Tensor | None:
+        return self.t
+
     def dense(self) -> Tensor:
         return self.t
+
+    def prepare(self) -> None:
+        """Nothing to build."""
+
+    @functools.cached_property
+    def summed(self) -> Tensor:
+        """[*p]: the sum over samples and columns."""
+        t = self.t[0] if self.V == 1 else self.t.flatten(0, 1)
+        return t.sum(0)
 
     def parted(self) -> bool:
         """Of unit columns: does each entry receive from one of them only? Then a metric's diagonal is all it needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from hookjac.factor.metric import CHUNK, quad_rows, root, summed_block, weighed
 from hookjac.memory import room
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Lookup:
     """Rows g, each added to one row of a table: what a parameter receives that was looked up.
 
@@ -58,6 +59,19 @@ class Lookup:
         place = (self.sample * V + column) * self.rows + self.row  # [V, M]
         out = out.index_add_(0, place.reshape(-1), self.g.reshape(V * M, d))
         return out.reshape(self.N, V, *self.param).transpose(0, 1)
+
+    @property
+    def built(self) -> Tensor | None:
+        return None
+
+    def prepare(self) -> None:
+        """Nothing is worth building."""
+
+    @functools.cached_property
+    def summed(self) -> Tensor:
+        """[*p]: the sum over samples and columns."""
+        g = self.g[0] if self.V == 1 else self.g.sum(0)
+        return g.new_zeros(self.rows, g.shape[1]).index_add_(0, self.row, g).reshape(self.param)
 
     def parted(self) -> bool:
         return False

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hookjac import gemm
 from hookjac.memory import room
 
 CHUNK = 1 << 22  # entries of a temporary; a few tens of megabytes
@@ -108,7 +109,8 @@ def inner(X: Tensor, Y: Tensor, scale: float = 1.0) -> Tensor:  # [..., L, d], [
         if len(left) * d * e <= CHUNK:
             return torch.bmm(left, right).sum(0) * scale
         return torch.addbmm(X.new_zeros(()), left, right, beta=0, alpha=scale, out=into)
-    return torch.addmm(X.new_zeros(()), X.reshape(-1, d).T, Y.reshape(-1, e), beta=0, alpha=scale, out=into)
+    found = gemm.mm(X.reshape(-1, d).T, Y.reshape(-1, e), into)
+    return found if scale == 1 else found.mul_(scale)
 
 
 def summed_block(A: Tensor, metric: Tensor | None) -> Tensor:  # A [V, N, ..., D] -> [D, D]

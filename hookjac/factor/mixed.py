@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from hookjac.factor.metric import CHUNK, root
 from hookjac.factor.outer import Outer
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Sum:
     """Their sum. What is not linear in it is built for a few samples at a time."""
 
@@ -60,6 +61,19 @@ class Sum:
     def dense(self) -> Tensor:
         first, *others = self.parts
         return sum((part.dense() for part in others), first.dense())
+
+    @property
+    def built(self) -> Tensor | None:
+        return None
+
+    def prepare(self) -> None:
+        """Nothing is kept."""
+
+    @functools.cached_property
+    def summed(self) -> Tensor:
+        """[*p]: the sum over samples and columns."""
+        first, *others = self.parts
+        return sum((part.summed for part in others), first.summed)
 
     def parted(self) -> bool:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,10 @@ from hookjac.factor.dense import Dense
 from hookjac.factor.metric import CHUNK, inner, is_unit, quad_rows, root, shared, summed_block, uniform, weighed
 from hookjac.memory import room
 
+_POSITIONS = 16  # from so many on, adding up what was built is faster than a product over all positions
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class Outer:
     """sum over positions of g aᵀ, block by block: what a weight that is multiplied with `a` receives.
 
@@ -65,8 +68,32 @@ class Outer:
         step = max(1, CHUNK // max(1, self.V * self.param.numel()))
         return (slice(n, n + step) for n in range(0, self.N, step))
 
+    @functools.cached_property
+    def built(self) -> Tensor | None:
+        """[V, N, *p] where that is small enough to be kept for all that asks for it."""
+        return self._build() if self.V * self.N * self.param.numel() <= CHUNK else None
+
     def dense(self) -> Tensor:
         """[V, N, *p]; lies in memory with N first, as results are handed out."""
+        made: Tensor | None = self.__dict__.get("built")
+        return self._build() if made is None else made
+
+    def prepare(self) -> None:
+        """Several things will be asked of single samples' products: build them once."""
+        if self.g.shape[3] > 1:
+            _ = self.built
+
+    @functools.cached_property
+    def summed(self) -> Tensor:
+        """[*p]: the sum over samples and columns."""
+        L, made = self.g.shape[3], self.__dict__.get("built")
+        if made is not None and L >= _POSITIONS:
+            return made.flatten(0, 1).sum(0)
+        g = self.g[0] if self.V == 1 else self.g.sum(0)
+        parts = [inner(s, t) for s, t in zip(g.unbind(1), self.a.unbind(1), strict=True)]
+        return self._fold(_stacked(parts)).contiguous()
+
+    def _build(self) -> Tensor:
         g, a = self.g.transpose(0, 1), self.a.unsqueeze(1)  # [N, V, B, L, o], [N, 1, B, L, i]
         left, right = (a, g) if self.swapped else (g, a)
         N, V, B, L, _ = g.shape
@@ -90,6 +117,8 @@ class Outer:
         if L == 1:
             rows = quad_rows(self.g[:, :, :, 0].flatten(2), metric).reshape(N, B, o)
             return self._fold(rows.permute(1, 2, 0) @ self.a[:, :, 0].square().transpose(0, 1).to(rows.dtype))
+        if (made := self.__dict__.get("built")) is not None:
+            return Dense(made).quad(metric)
         weight = uniform(metric)
         if weight is not None and self.g.dtype == metric.dtype:
             return self._sum_of_squares() * weight
@@ -123,6 +152,8 @@ class Outer:
         return replace(self, g=weighed(self.g, R))
 
     def norms(self) -> Tensor:  # -> [V, N], squared
+        if (made := self.__dict__.get("built")) is not None:
+            return Dense(made).norms()
         V, _, _, L, o = self.g.shape
         i = self.a.shape[3]
         if L == 1:

@@ -19,9 +19,8 @@ from hookjac.samples import Layout
 
 def operand(node: Node, slot: int) -> torch.Size:
     """The shape of one input of a node."""
-    edge = children(node)[slot]
-    assert edge is not None
-    return meta(edge)[0]
+    below, nr = node.next_functions[slot]
+    return torch.Size(below._input_metadata[nr].shape)
 
 
 def result(node: Node) -> torch.Size:

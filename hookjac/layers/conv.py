@@ -100,6 +100,7 @@ register(
         fits=lambda node, slot, layout: layout.axis == 0,
         part=_part,
         refuses=_channels_as_samples,
+        copies=True,
     )
 )
 place("ConvolutionBackward0", into=rows_of_first)

@@ -98,11 +98,11 @@ def _mm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
 
 def _addmm_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
     if layout.plain and node._saved_alpha == node._saved_beta == 1:  # nn.Linear: few steps, for they are the price
-        V, N, o = G.shape
         if slot == 2:
+            V, N, o = G.shape
             a = saved(node._saved_mat1)
-            return Outer(G.view(V, N, 1, 1, o), a.view(N, 1, 1, a.shape[1]), swapped=True)
-        if slot == 0 and operand(node, 0) == (o,):
+            return Outer(G.view(V, N, 1, 1, o), a.view(N, 1, 1, -1), swapped=True)
+        if slot == 0 and len(operand(node, 0)) == 1:
             return Dense(G)
     if slot == 0:
         return summed(G if node._saved_beta == 1 else G * node._saved_beta, operand(node, 0), layout)

@@ -93,6 +93,10 @@ _POINTWISE = [
 _WITH_A_NUMBER = ("Add", "Sub", "Mul", "Div", "Pow", "Clamp", "Lerp", "Elu")  # overloads
 place(*_names(*_POINTWISE), *(f"{name}Backward1" for name in _WITH_A_NUMBER), "PowBackward2", into=same)
 
+# Losses that were not reduced yet
+place(*_names("MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "HuberLoss", "SmoothL1Loss"), into=same)
+place(*_names("NllLoss", "NllLoss2D"), into=lambda node, la, out, s: [la] if la.axis == 0 else None)
+
 # The same entries in the same order, and other orders -------------------------------------------------------------
 
 place(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Sequence
 
 from hookjac.quantity.approximate import HesScale, Hutchinson
@@ -77,6 +78,12 @@ def names() -> list[str]:
     return list(_QUANTITIES)
 
 
+@functools.cache
+def _usual(name: str) -> Quantity:
+    """The quantity of that name without options: nothing in a record ever changes."""
+    return _QUANTITIES[name]()
+
+
 def parse(asked: Sequence[str | Quantity]) -> list[Quantity]:
     """Names and records to records; the three basic ones if nothing was asked."""
     found: dict[str, Quantity] = {}
@@ -86,7 +93,7 @@ def parse(asked: Sequence[str | Quantity]) -> list[Quantity]:
                 near = difflib.get_close_matches(item, _QUANTITIES, n=1, cutoff=0.4)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"unknown quantity {item!r}{hint} Known: {', '.join(_QUANTITIES)}.")
-            item = _QUANTITIES[item]()
+            item = _usual(item)
         if not isinstance(item, Quantity):
             hint = f"; call it: {item.__name__}()" if item in _QUANTITIES.values() else ""
             raise TypeError(
@@ -96,7 +103,6 @@ def parse(asked: Sequence[str | Quantity]) -> list[Quantity]:
         if item.name in found:
             raise ValueError(f"quantity {item.name!r} was asked for twice")
         found[item.name] = item
-    ways = {q.wish for q in found.values() if isinstance(q.wish, Hessian)}
-    if len(ways) > 1:
+    if len(found) > 1 and len({q.wish for q in found.values() if isinstance(q.wish, Hessian)}) > 1:
         raise ValueError("quantities of the Hessian share one walk: give them the same road and flop_limit")
     return list(found.values())

@@ -33,7 +33,7 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Sam
         out = out * got.N if loss_reduction == "mean" else out
         return out.to(got.param.dtype).contiguous()  # autocast works in another
 
-    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample),
+    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample), each=True,
                     entries=lambda M, C, P: M * P,
                     instead="grad_sample_norm, grad_sample_gram and grad_var build nothing of that size.")  # fmt: skip
 
@@ -52,7 +52,7 @@ def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
             return got.factor.lengths()[0].to(got.param.dtype)
         return root(squares(got)).to(got.param.dtype)
 
-    return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample))
+    return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample), each=True)
 
 
 def GradSampleGram(*, subsample: Samples = None) -> Quantity:
@@ -82,7 +82,9 @@ def GradSqSum(*, subsample: Samples = None) -> Quantity:
     (loss / parameter)². Cost: about one backward.
     """
     adds = Adds(powers=(2,))
-    return Quantity(name="grad_sq_sum", columns="loss", reduce=_sq_sum, subsample=chosen(subsample), adds=adds)
+    return Quantity(
+        name="grad_sq_sum", columns="loss", reduce=_sq_sum, subsample=chosen(subsample), adds=adds, each=True
+    )
 
 
 def GradVar(*, subsample: Samples = None) -> Quantity:
@@ -94,8 +96,7 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
     """
 
     def measure(got: Received) -> tuple[Tensor, Tensor]:
-        ones = torch.ones(1, 1, got.M, dtype=got.param.dtype, device=got.param.device)
-        whole = got.zeros() if got.factor is None else _back(got.factor, ones)
+        whole = got.zeros() if got.factor is None else got.factor.summed
         if got.direct is not None:
             whole = whole + saved(got.direct.head) * (got.M / got.N)
         return whole.to(got.param.dtype), _sq_sum(got)
@@ -113,11 +114,7 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
         join=lambda note, sums, N: variance(sums[0], sums[1], N, N),
     )
 
-    return Quantity(name="grad_var", columns="loss", reduce=reduce, subsample=chosen(subsample), adds=adds)
-
-
-def _back(factor: Factor, U: Tensor) -> Tensor:
-    return factor.back(U.to(factor.tensors[0].dtype))[0]
+    return Quantity(name="grad_var", columns="loss", reduce=reduce, subsample=chosen(subsample), adds=adds, each=True)
 
 
 def _sq_sum(got: Received) -> Tensor:
@@ -128,7 +125,7 @@ def _sq_sum(got: Received) -> Tensor:
     if got.direct is not None:
         share = got.direct.head / got.N
         if factor is not None:
-            out = out + 2 * share * _back(factor, torch.ones(1, 1, got.M, dtype=out.dtype, device=out.device))
+            out = out + 2 * share * factor.summed
         out = out + got.M * share.square()
     return out.to(got.param.dtype)
 
