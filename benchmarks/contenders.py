@@ -39,12 +39,13 @@ def plain(job: Job) -> Step:
 def hooked(asked: Any, get: Callable[[Any], Any]) -> Contender:
     def prepare(job: Job) -> Step:
         model = copy.deepcopy(job.model)
+        named = dict(model.named_parameters())
 
         def step() -> Results:
             model.zero_grad()
             with hookjac.extend(model, *(asked if isinstance(asked, tuple) else (asked,))):
                 job.loss(model).backward()
-            return {key: get(p) for key, p in model.named_parameters()}
+            return {key: get(p) for key, p in named.items()}
 
         return step
 
@@ -118,14 +119,14 @@ def loop(job: Job) -> Step:
     if len(job.x) > 32:
         raise NotImplementedError  # hopeless
     model = copy.deepcopy(job.model)
-    params = list(model.parameters())
+    names, params = list(dict(model.named_parameters())), list(model.parameters())
 
     def step() -> Results:
         rows = []
         for x, y in zip(job.x, job.y, strict=True):
             rows.append(torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]) / len(job.x), params))
         each = [torch.stack(r) for r in zip(*rows, strict=True)]
-        return dict(zip(dict(model.named_parameters()), each, strict=True))
+        return dict(zip(names, each, strict=True))
 
     return step
 
@@ -145,12 +146,13 @@ def backpack(extension: str, attribute: str, get: Callable[[Any, int], Any], **o
         model = package.extend(copy.deepcopy(job.model))
         loss = package.extend(nn.CrossEntropyLoss())
         make = getattr(extensions, extension)
+        named = dict(model.named_parameters())
 
         def step() -> Results:
             model.zero_grad()
             with package.backpack(make(**options)):
                 loss(model(job.x), job.y).backward()
-            return {key: get(getattr(p, attribute), len(job.x)) for key, p in model.named_parameters()}
+            return {key: get(getattr(p, attribute), len(job.x)) for key, p in named.items()}
 
         return step
 
@@ -165,6 +167,7 @@ def backpack_jac(job: Job) -> Step:
     import backpack.extensions as extensions
 
     model = package.extend(copy.deepcopy(job.model))
+    named = dict(model.named_parameters())
 
     def step() -> Results:
         model.zero_grad()
@@ -173,7 +176,7 @@ def backpack_jac(job: Job) -> Step:
             out = model(job.x)  # it forgets what it noted after each backward
             with package.backpack(extensions.BatchGrad()):
                 out[:, c].sum().backward()
-            for key, p in model.named_parameters():
+            for key, p in named.items():
                 rows.setdefault(key, []).append(p.grad_batch)
         return {key: torch.stack(found, 1) for key, found in rows.items()}
 
@@ -196,12 +199,12 @@ def opacus(job: Job) -> Step:
     from opacus import GradSampleModule
 
     model = GradSampleModule(copy.deepcopy(job.model), loss_reduction="sum")  # as they are: our scale
+    named = dict(model._module.named_parameters())
 
     def step() -> Results:
         model.zero_grad()  # its results, too
         job.loss(model).backward()
-        named = model._module.named_parameters()
-        return {key: p.grad_sample for key, p in named}
+        return {key: p.grad_sample for key, p in named.items()}
 
     return step
 
@@ -214,11 +217,12 @@ def opacus_ghost(job: Job) -> Step:
     model = GradSampleModuleFastGradientClipping(
         copy.deepcopy(job.model), loss_reduction="sum", use_ghost_clipping=True, max_grad_norm=1.0
     )
+    named = dict(model._module.named_parameters())
 
     def step() -> Results:
         model.zero_grad()
         job.loss(model).backward()
-        return {key: p._norm_sample for key, p in model._module.named_parameters()}
+        return {key: p._norm_sample for key, p in named.items()}
 
     return step
 

@@ -31,17 +31,18 @@ def _onednn() -> Any:
 
 
 def _able(A: Tensor, B: Tensor) -> bool:
-    if A.dtype != torch.float32 or B.dtype != torch.float32 or A.device.type != "cpu" or B.device.type != "cpu":
-        return False
-    if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
-        return False  # it has no derivative
-    if type(A) not in _PLAIN or type(B) not in _PLAIN or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
     return (
-        _onednn() is not None
-        and bool(torch.backends.mkldnn.enabled)
+        A.dtype is torch.float32
+        and B.dtype is torch.float32
+        and _onednn() is not None
+        and type(A) in _PLAIN
+        and type(B) in _PLAIN
+        and A.device.type == B.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad))  # it has no derivative
+        and torch._C._functorch.peek_interpreter_stack() is None
         and torch.get_float32_matmul_precision() == "highest"
         and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

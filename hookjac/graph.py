@@ -10,6 +10,7 @@ V columns · shapes `[V, *out]` are V cotangents of a tensor of shape `out`.
 from __future__ import annotations
 
 import contextlib
+import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -60,6 +61,25 @@ def attributes(node: Node, prefix: str) -> list[str]:
     if kind not in _ATTRIBUTES:
         _ATTRIBUTES[kind] = tuple(name for name in dir(kind) if name.startswith(("_saved_", "_raw_saved_")))
     return [name for name in _ATTRIBUTES[kind] if name.startswith(prefix)]
+
+
+class Held:
+    """A node as a rule looks at it, with what it saved: a backward frees that, and leaves it here."""
+
+    def __init__(self, node: Node) -> None:
+        kind = type(node)
+        read = _READERS.get(kind)
+        if read is None:
+            names = [name for name in attributes(node, "_saved_") if not name.endswith(("_sym_sizes", "_sym_strides"))]
+            read = _READERS[kind] = names, operator.attrgetter(*names, "next_functions")
+        self.__dict__.update(zip(read[0], read[1](node), strict=False))
+        self.node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.node, name)
+
+
+_READERS: dict[type, tuple[list[str], Callable[[Node], tuple[Any, ...]]]] = {}  # of PyTorch's own types
 
 
 def signed(saved: int) -> int:

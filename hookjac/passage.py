@@ -81,7 +81,6 @@ class Passage:
     explanation: Explanation
     curved: Explanation | None  # with the road of `hess_diag`; None where that has a curvature of its own
     takes: tuple[Take, ...]
-    last: tuple[Take, ...]  # those with no other below them
     uses: tuple[int, ...]  # of each parameter
     costs: tuple[Cost, ...]  # of each parameter
     widest: int  # entries of the largest tensor that columns pass
@@ -129,7 +128,6 @@ def passage_of(plan: Plan, found: Described, tell: Callable[[Roads | None], Expl
         explanation=tell(None),
         curved=None if (roads := _flat(plan, selected, splits)) is None else tell(roads),
         takes=tuple(takes.values()),
-        last=_last(plan, takes),
         uses=tuple(len(plan.uses.of.get(p, ())) for p in plan.names),
         costs=tuple(_cost(plan, p) for p in plan.names),
         widest=max((e.shape.numel() for k in plan.through for e in plan.route.outs[k] if e.leaf is None), default=0),
@@ -158,16 +156,6 @@ def _flat(plan: Plan, selected: Edge | None, splits: bool) -> Roads | None:
     with torch.enable_grad():
         roads = choose(plan, [selected], [], "auto")
     return roads if set(roads.road.values()) <= {"columns"} else None
-
-
-def _last(plan: Plan, takes: Mapping[Node, Take]) -> tuple[Take, ...]:
-    """The takes that lead to no other."""
-    leads: set[object] = set()
-    for key in reversed(plan.route.order):
-        below = [plan.route.key(e) for e in plan.route.after[key] if e is not None]
-        if any(k in leads or k in takes for k in below):
-            leads.add(key)
-    return tuple(take for key, take in takes.items() if key not in leads)
 
 
 def _steps(plan: Plan, takes: Mapping[Node, Take], told: Callable[[Edge], Numbered]) -> tuple[Step, ...]:

@@ -27,7 +27,7 @@ from hookjac.described import Described
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor, Outer, total
 from hookjac.factor.metric import CHUNK
-from hookjac.graph import Edge, gradients, meta, pull
+from hookjac.graph import Edge, Held, Node, gradients, meta, pull
 from hookjac.head import Head, unit_columns
 from hookjac.limits import refuse_large_results, refuse_many_columns
 from hookjac.passage import Numbered, Passage, Take
@@ -158,7 +158,8 @@ class Pass:
         at, takes = self._real(self.passage.output), self.passage.takes
         rows = [gradients([at], [Edge(self.nodes[t.number], t.nr) for t in takes], [u]) for u in U]
         for k, take in enumerate(takes):
-            reading.meet(take, rows[0][k].unsqueeze(0) if len(rows) == 1 else torch.stack([row[k] for row in rows]))
+            G = rows[0][k].unsqueeze(0) if len(rows) == 1 else torch.stack([row[k] for row in rows])
+            reading.meet(take, self.nodes[take.number], G)
 
     def _side_by_side(self, U: Tensor, reading: _Reading) -> None:
         passage, nodes = self.passage, self.nodes
@@ -170,7 +171,7 @@ class Pass:
                 continue
             take = step.take
             if take is not None and take.nr in here:
-                reading.meet(take, here[take.nr])
+                reading.meet(take, nodes[step.number], here[take.nr])
             if not step.wanted:
                 continue
             found = pull(nodes[step.number], here, step.wanted)
@@ -201,26 +202,18 @@ class Pass:
         gradients add up to is delivered."""
         passage, nodes, params = self.passage, self.nodes, self.params
         group.whole = True
-        reading = _Reading(self, group)
-        reading.later = []
-        targets = [GradientEdge(nodes[t.number], t.nr) for t in passage.last]
+        held = [Held(nodes[take.number]) for take in passage.takes]
+        targets = [GradientEdge(nodes[take.number], take.nr) for take in passage.takes]
         targets += [get_gradient_edge(params[k]) for k in by_engine]
-        last = {t.number for t in passage.last}
-        handles = [nodes[t.number].register_prehook(reading.hook(t)) for t in passage.takes if t.number not in last]
-        try:
-            found = torch.autograd.grad(start.tensors, targets, retain_graph=start.retain, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+        found = list(torch.autograd.grad(start.tensors, targets, retain_graph=start.retain, allow_unused=True))
+        for k in reversed(by_engine):
+            self.sums[k] = found.pop()
         with torch.no_grad():
-            for take, g in zip(passage.last, found[: len(last)], strict=True):
+            reading = _Reading(self, group)
+            for take, node, g in zip(passage.takes, held, found, strict=True):
                 if g is not None:
-                    reading.meet(take, g.unsqueeze(0))
-            reading.catch_up()
+                    reading.meet(take, node, g.unsqueeze(0))
             reading.close()
-        for k, g in zip(by_engine, found[len(last) :], strict=True):
-            self.sums[k] = g
-        del found
         served = [k for k, t in enumerate(self.sums) if t is not None]
         sums = [self.sums[k] for k in served]
         self.sums.clear()
@@ -253,55 +246,39 @@ class _Reading:
 
     def __init__(self, owner: Pass, group: _Group) -> None:
         self.owner, self.group = owner, group
-        self.nodes, self.uses = owner.nodes, owner.passage.uses
+        self.uses = owner.passage.uses
         self.open = list(self.uses)
         self.factors: dict[int, list[Factor]] = {}  # of parameters that are used more than once
         self.prepares = group.whole and any(q.each for _, q in group.asked)
-        self.later: list[tuple[int, Factor, tuple[Numbered, ...]]] | None = None
 
     def hook(self, take: Take) -> Callable[[tuple[Tensor | None, ...]], None]:
+        node = self.owner.nodes[take.number]
+
         def see(gradients: tuple[Tensor | None, ...]) -> None:
             g = gradients[take.nr]
             if g is None:
                 return
             if not torch.is_grad_enabled():
-                self.meet(take, g.unsqueeze(0))
+                self.meet(take, node, g.unsqueeze(0))
                 return
             with torch.no_grad():  # a backward that makes a graph
-                self.meet(take, g.detach().unsqueeze(0))
+                self.meet(take, node, g.detach().unsqueeze(0))
 
         return see
 
-    def meet(self, take: Take, G: Tensor) -> None:  # G [V, *out]
-        node, part = self.nodes[take.number], take.rule.part
+    def meet(self, take: Take, node: Node, G: Tensor) -> None:  # G [V, *out]
         for k, slot, chain, turned in take.uses:
-            factor = part(node, slot, G, take.layout)
+            factor = take.rule.part(node, slot, G, take.layout)
             if chain:
                 moved = factor.turned() if turned and isinstance(factor, Outer) else None
-                if moved is not None:
-                    factor = moved
-                elif self.later is None:
-                    factor = down(tuple(self.owner._real(e) for e in chain), factor)
-                else:
-                    self.later.append((k, factor, chain))
-                    continue
-            self._take(k, factor)
-
-    def _take(self, k: int, factor: Factor) -> None:
-        self.open[k] -= 1
-        if self.uses[k] == 1:
-            self._finish(k, factor)
-            return
-        self.factors.setdefault(k, []).append(factor)
-        if not self.open[k]:
-            self._finish(k, total(self.factors.pop(k)))
-
-    def catch_up(self) -> None:
-        """What had to wait. Within a backward that serves some edges only, a node that we call computes nothing for
-        the others; and what lies between a parameter and its layer is never among those."""
-        later, self.later = self.later or [], None
-        for k, factor, chain in later:
-            self._take(k, down(tuple(self.owner._real(e) for e in chain), factor))
+                factor = down(tuple(self.owner._real(e) for e in chain), factor) if moved is None else moved
+            self.open[k] -= 1
+            if self.uses[k] == 1:
+                self._finish(k, factor)
+                continue
+            self.factors.setdefault(k, []).append(factor)
+            if not self.open[k]:
+                self._finish(k, total(self.factors.pop(k)))
 
     def close(self) -> None:
         """A parameter that was not met by all receives nothing more."""
@@ -310,26 +287,29 @@ class _Reading:
                 found = self.factors.get(k)
                 self._finish(k, total(found) if found else None)
 
-    def _finish(self, k: int, whole: Factor | None) -> None:
-        owner, group = self.owner, self.group
-        param, N, out = owner.params[k], owner.passage.N, owner.passage.out_shape
-        if self.prepares and whole is not None:
-            whole.prepare()
-        for number, q in group.asked:
-            metric, factor, M = group.metric if isinstance(q.wish, _CURVED) else None, whole, N
-            if q.subsample is not None:
-                M = len(q.subsample)
-                pick = torch.tensor(q.subsample, device=param.device)
-                factor, metric = factor and factor.samples(pick), metric if metric is None else metric[pick]
-            if factor is not None and number in group.rows:
-                factor = factor.columns(group.rows[number])
-            pieces = () if factor is None else ((factor, metric),)
+    def _finish(self, k: int, factor: Factor | None) -> None:
+        owner, gradient = self.owner, None
+        if self.group.whole and factor is not None:
+            if self.prepares:
+                factor.prepare()
+            gradient = owner.sums[k] = factor.sum().to(owner.params[k].dtype)
+        for number, q in self.group.asked:
             try:
-                owner.made[k][number] = q.reduce(Received(param, N, M, out, pieces))
+                owner.made[k][number] = q.reduce(self._received(k, number, q, factor, gradient))
             except HookjacError as error:
                 raise HookjacError(f"{q.name} of parameter {owner.passage.names[k]!r}: {error}") from error
-        if group.whole and whole is not None:
-            owner.sums[k] = whole.summed.to(param.dtype)
+
+    def _received(self, k: int, number: int, q: Quantity, factor: Factor | None, gradient: Tensor | None) -> Received:
+        passage, group, param = self.owner.passage, self.group, self.owner.params[k]
+        metric, M = group.metric if isinstance(q.wish, _CURVED) else None, passage.N
+        if factor is not None and number in group.rows:
+            factor = factor.columns(group.rows[number])
+        if q.subsample is not None:
+            M = len(q.subsample)
+            pick = torch.tensor(q.subsample, device=param.device)
+            factor, metric = factor and factor.samples(pick), metric if metric is None else metric[pick]
+        pieces = () if factor is None else ((factor, metric),)
+        return Received(param, passage.N, M, passage.out_shape, pieces, whole=gradient)
 
 
 _CURVED = (GGN, Hessian, Sampled)

@@ -103,10 +103,10 @@ class Watch(TorchFunctionMode):
             return func(tensor, self._unless_busy(hook))
         if func not in _STARTS or self._running or self._busy:
             return func(*args, **kwargs)
-        if (
-            func is torch.Tensor.backward and len(args) == 1 and not kwargs and not self._keep
-        ):  # as it is mostly written
-            return self._start(Start(lambda: func(*args), args, (None,), None, True, False, False))
+        if func is torch.Tensor.backward and len(args) == 1 and not self._keep:
+            gradient, retain, create, inputs = map(kwargs.get, ("gradient", "retain_graph", "create_graph", "inputs"))
+            if gradient is None and inputs is None and not create:  # as it is mostly written
+                return self._start(Start(lambda: func(*args, **kwargs), args, (None,), None, True, bool(retain), False))
         start = inspect.signature(func).bind(*args, **kwargs)
         heads, cotangents = _STARTS[func]
         given = start.arguments

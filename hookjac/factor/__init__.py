@@ -3,12 +3,12 @@
 Every factor stands for a tensor [V, N, *p], V columns of N samples, and can do with it, without building it where its
 structure allows:
 
-dense()           the tensor itself; `built`, where that is small enough to be kept for all that ask
+dense()           the tensor itself; after `prepare()` it is kept for all that ask, where that is small enough
 columns, samples  some of its columns; some of its samples
 mix(R)            other columns, made of these by R [N, W, V], or [N, V] where it only scales them
 norms()           [V, N]: squared lengths; `lengths()`, their roots
 times(X)          [K, *p] -> [K, V, N]: inner products with K tangents
-back(U)           [K, V, N] -> [K, *p]: combinations of the columns; `summed`, with ones
+back(U)           [K, V, N] -> [K, *p]: combinations of the columns; `sum()`, of all with ones
 add_gram(out, B)  [N, V, N', V']: inner products with those of another, added to `out`
 each_gram(B)      [N, V, V']: those of the same sample; `scaled_gram(S)`, with itself under a diagonal S [*p]
 quad(metric)      [*p]: the diagonal of the curvature; `quad_each` [N, *p], its summands

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -52,21 +51,15 @@ class Dense:
         step = max(1, CHUNK // max(1, self.V * self.param.numel()))
         return (slice(n, n + step) for n in range(0, self.N, step))
 
-    @property
-    def built(self) -> Tensor | None:
-        return self.t
-
     def dense(self) -> Tensor:
         return self.t
 
     def prepare(self) -> None:
-        """Nothing to build."""
+        """It is built."""
 
-    @functools.cached_property
-    def summed(self) -> Tensor:
-        """[*p]: the sum over samples and columns."""
-        t = self.t[0] if self.V == 1 else self.t.flatten(0, 1)
-        return t.sum(0)
+    def sum(self) -> Tensor:
+        """[*p]: over samples and columns."""
+        return self.t[0].sum(0) if self.V == 1 else self.t.flatten(0, 1).sum(0)
 
     def parted(self) -> bool:
         """Of unit columns: does each entry receive from one of them only? Then a metric's diagonal is all it needs."""
@@ -89,7 +82,9 @@ class Dense:
         return self._flat().square().sum(2)
 
     def lengths(self) -> Tensor:  # -> [V, N]
-        t = self.t if self.t.dim() == 3 and not shared(self.t) else self._flat()
+        t = self.t
+        if t.dim() != 3 or t.stride(1) == 0:
+            t = self._flat()
         return torch.linalg.vector_norm(t, dim=2)
 
     def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -60,16 +59,11 @@ class Lookup:
         out = out.index_add_(0, place.reshape(-1), self.g.reshape(V * M, d))
         return out.reshape(self.N, V, *self.param).transpose(0, 1)
 
-    @property
-    def built(self) -> Tensor | None:
-        return None
-
     def prepare(self) -> None:
         """Nothing is worth building."""
 
-    @functools.cached_property
-    def summed(self) -> Tensor:
-        """[*p]: the sum over samples and columns."""
+    def sum(self) -> Tensor:
+        """[*p]: over samples and columns."""
         g = self.g[0] if self.V == 1 else self.g.sum(0)
         return g.new_zeros(self.rows, g.shape[1]).index_add_(0, self.row, g).reshape(self.param)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -62,18 +61,13 @@ class Sum:
         first, *others = self.parts
         return sum((part.dense() for part in others), first.dense())
 
-    @property
-    def built(self) -> Tensor | None:
-        return None
-
     def prepare(self) -> None:
         """Nothing is kept."""
 
-    @functools.cached_property
-    def summed(self) -> Tensor:
-        """[*p]: the sum over samples and columns."""
+    def sum(self) -> Tensor:
+        """[*p]: over samples and columns."""
         first, *others = self.parts
-        return sum((part.summed for part in others), first.summed)
+        return sum((part.sum() for part in others), first.sum())
 
     def parted(self) -> bool:
         return False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from hookjac import gemm
 from hookjac.factor.dense import Dense
 from hookjac.factor.metric import CHUNK, inner, is_unit, quad_rows, root, shared, summed_block, uniform, weighed
 from hookjac.memory import room
@@ -28,6 +28,7 @@ class Outer:
     a: Tensor  # [N, B, L, i]
     shape: torch.Size | None = None
     swapped: bool = False
+    built: Tensor | None = field(init=False, default=None)
 
     @property
     def V(self) -> int:
@@ -68,28 +69,24 @@ class Outer:
         step = max(1, CHUNK // max(1, self.V * self.param.numel()))
         return (slice(n, n + step) for n in range(0, self.N, step))
 
-    @functools.cached_property
-    def built(self) -> Tensor | None:
-        """[V, N, *p] where that is small enough to be kept for all that asks for it."""
-        return self._build() if self.V * self.N * self.param.numel() <= CHUNK else None
+    def prepare(self) -> None:
+        """Several things will be asked of single samples' products: build them once, where they are small."""
+        if self.built is None and self.g.shape[3] > 1 and self.V * self.N * self.param.numel() <= CHUNK:
+            self.built = self._build()
 
     def dense(self) -> Tensor:
         """[V, N, *p]; lies in memory with N first, as results are handed out."""
-        made: Tensor | None = self.__dict__.get("built")
-        return self._build() if made is None else made
+        return self._build() if self.built is None else self.built
 
-    def prepare(self) -> None:
-        """Several things will be asked of single samples' products: build them once."""
-        if self.g.shape[3] > 1:
-            _ = self.built
-
-    @functools.cached_property
-    def summed(self) -> Tensor:
-        """[*p]: the sum over samples and columns."""
-        L, made = self.g.shape[3], self.__dict__.get("built")
-        if made is not None and L >= _POSITIONS:
-            return made.flatten(0, 1).sum(0)
-        g = self.g[0] if self.V == 1 else self.g.sum(0)
+    def sum(self) -> Tensor:
+        """[*p]: over samples and columns."""
+        V, N, B, L, o = self.g.shape
+        if V == B == L == 1 and self.shape is None:
+            g, a = self.g.view(N, o), self.a.view(N, -1)
+            return gemm.mm(a.T, g) if self.swapped else gemm.mm(g.T, a)
+        if self.built is not None and L >= _POSITIONS:
+            return self.built.flatten(0, 1).sum(0)
+        g = self.g[0] if V == 1 else self.g.sum(0)
         parts = [inner(s, t) for s, t in zip(g.unbind(1), self.a.unbind(1), strict=True)]
         return self._fold(_stacked(parts)).contiguous()
 
@@ -117,8 +114,8 @@ class Outer:
         if L == 1:
             rows = quad_rows(self.g[:, :, :, 0].flatten(2), metric).reshape(N, B, o)
             return self._fold(rows.permute(1, 2, 0) @ self.a[:, :, 0].square().transpose(0, 1).to(rows.dtype))
-        if (made := self.__dict__.get("built")) is not None:
-            return Dense(made).quad(metric)
+        if self.built is not None:
+            return Dense(self.built).quad(metric)
         weight = uniform(metric)
         if weight is not None and self.g.dtype == metric.dtype:
             return self._sum_of_squares() * weight
@@ -152,8 +149,8 @@ class Outer:
         return replace(self, g=weighed(self.g, R))
 
     def norms(self) -> Tensor:  # -> [V, N], squared
-        if (made := self.__dict__.get("built")) is not None:
-            return Dense(made).norms()
+        if self.built is not None:
+            return Dense(self.built).norms()
         V, _, _, L, o = self.g.shape
         i = self.a.shape[3]
         if L == 1:
@@ -166,11 +163,11 @@ class Outer:
         return torch.cat(parts, 1) if parts else self.g.new_zeros(V, 0)
 
     def lengths(self) -> Tensor:  # -> [V, N]
-        _, _, B, L, _ = self.g.shape
+        V, N, B, L, _ = self.g.shape
         if B * L != 1:
             return root(self.norms())
         length = torch.linalg.vector_norm
-        return (length(self.g, dim=4) * length(self.a, dim=3)).view(self.V, self.N)
+        return (length(self.g, dim=4) * length(self.a, dim=3)).view(V, N)
 
     def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
         met = torch.einsum("kboi,nbli->knblo", self._unfold(X), self.a)

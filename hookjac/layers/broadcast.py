@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hookjac.factor import Dense, Factor
-from hookjac.graph import Edge, Node, children, meta, saved
+from hookjac.graph import Edge, Node, meta, saved
 from hookjac.places import Placed, Shapes, place, same
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout

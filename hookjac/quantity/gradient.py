@@ -48,8 +48,9 @@ def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
     """
 
     def reduce(got: Received) -> Tensor:
-        if got.direct is None and got.factor is not None:
-            return got.factor.lengths()[0].to(got.param.dtype)
+        factor = got.factor
+        if got.direct is None and factor is not None:
+            return factor.lengths()[0].to(got.param.dtype)
         return root(squares(got)).to(got.param.dtype)
 
     return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample), each=True)
@@ -96,7 +97,7 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
     """
 
     def measure(got: Received) -> tuple[Tensor, Tensor]:
-        whole = got.zeros() if got.factor is None else got.factor.summed
+        whole = got.sum()
         if got.direct is not None:
             whole = whole + saved(got.direct.head) * (got.M / got.N)
         return whole.to(got.param.dtype), _sq_sum(got)
@@ -125,7 +126,7 @@ def _sq_sum(got: Received) -> Tensor:
     if got.direct is not None:
         share = got.direct.head / got.N
         if factor is not None:
-            out = out + 2 * share * factor.summed
+            out = out + 2 * share * got.sum()
         out = out + got.M * share.square()
     return out.to(got.param.dtype)
 

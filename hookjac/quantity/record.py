@@ -121,6 +121,7 @@ class Received:
     crossed: for a parameter whose uses feed each other, pairs whose product is half of what they add to the Hessian.
     times: products with the parameter's block, [K, *p] -> [K, *p], where those were asked for.
     probed: random signs and their products with the Hessian, [K, *p] each, where those were asked for.
+    whole: the sum of the factor over all samples [*p], where that is known.
     """
 
     param: Tensor
@@ -133,6 +134,13 @@ class Received:
     crossed: Sequence[tuple[Factor, Factor]] = ()
     times: Callable[[Tensor], Tensor] | None = None
     probed: tuple[Tensor, Tensor] | None = None
+    whole: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """[*p]: what arrived of one group of columns, summed over the samples."""
+        if self.whole is not None and self.M == self.N:
+            return self.whole
+        return self.zeros() if self.factor is None else self.factor.sum()
 
     @property
     def factor(self) -> Factor | None:
@@ -240,6 +248,7 @@ class Quantity:
     entries: Callable[[int, int, int], float] | None = None
     instead: str = ""
     adds: Adds | None = None
+    wish: Wish = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or hasattr(Tensor, self.name):
@@ -248,11 +257,7 @@ class Quantity:
             if self.columns not in _WISHES:
                 raise ValueError(f"columns must be one of {', '.join(map(repr, _WISHES))}, got {self.columns!r}")
             object.__setattr__(self, "columns", _WISHES[self.columns]())
-
-    @property
-    def wish(self) -> Wish:
-        assert not isinstance(self.columns, str)
-        return self.columns
+        object.__setattr__(self, "wish", self.columns)
 
     @property
     def curved(self) -> bool:
