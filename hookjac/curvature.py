@@ -2,9 +2,9 @@
 
 H = sum over curved stations u of J_uᵀ M_u J_u, with J_u the Jacobian of what u is given in the parameters and
 M_u the second derivative of u under the loss gradient; the loss itself is the first such station. Each is a
-group of columns with a metric: the unit columns of what u is given, weighed by M_u. As soon as there are more
-columns than features that they pass through, they are replaced by the unit columns of those features, with the
-dense symmetric block of what has come so far as their metric (`Bundle._reroot`).
+group of columns with a metric: the unit columns of what u is given, weighed by M_u. At places that were chosen
+beforehand (`gathering`) they are replaced by the unit columns of the features that they are passing, with the dense
+symmetric block of what has come so far as their metric.
 
 N samples · D features of one sample at a tensor · V columns.
 """
@@ -12,6 +12,7 @@ N samples · D features of one sample at a tensor · V columns.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from hookjac import structure
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor, quad_block
+from hookjac.gathering import BLOCK
 from hookjac.graph import Bend, Edge, meta
 from hookjac.head import unit_columns
 from hookjac.loss import leading_to
@@ -27,8 +29,6 @@ from hookjac.products import second_backward
 from hookjac.route import Group, Key, Stop
 from hookjac.samples import random, same
 from hookjac.uses import Use, mixed
-
-_BLOCK = 1 << 27  # entries of one dense block [N, D, D]: a gigabyte in float64
 
 
 def cut(plan: Plan) -> tuple[list[Edge], list[str]]:
@@ -105,33 +105,38 @@ def _try_diagonal(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tu
     return [t[0] for t in found], alike
 
 
-def bends(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> bool:
-    """Is a node not linear in these inputs? Raises where its second derivative is missing, infinite or complex."""
+def bends(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> Literal["diagonal", "full"] | None:
+    """How a node curves in these inputs; None where it is linear. Raises where its second derivative is missing,
+    infinite or complex."""
     raw = plan.route.raw(key, edges)
     known = structure.bend(key, raw)
     if known == "none":
-        return False
+        return None
     bend = Bend(key, grads, raw)
     if bend.flat:
-        return False
+        return None
     found, is_diagonal = _row_sums(bend, grads, edges) if known else _try_diagonal(bend, grads, edges)
     if not all(bool(torch.isfinite(t).all()) for t in found) or any(t.is_complex() for t in (*found, *grads.values())):
         raise RuntimeError("not finite, or complex")
-    return not is_diagonal or any(bool((t != 0).any()) for t in found)
-
-
-def worth_rerooting(size: int, D: int, N: int) -> bool:
-    """More columns than features: the features' own unit columns and one dense block are fewer."""
-    return size > D and N * D * D <= _BLOCK
+    if not is_diagonal:
+        return "full"
+    return "diagonal" if any(bool((t != 0).any()) for t in found) else None
 
 
 class Bundle:
     """The groups of columns that make up the Hessian, while they walk."""
 
     def __init__(
-        self, plan: Plan, curves: Mapping[Key, list[Edge]], active: Collection[Key], first: Group, keep: bool
+        self,
+        plan: Plan,
+        curves: Mapping[Key, list[Edge]],
+        active: Collection[Key],
+        gathered: Collection[Key],
+        first: Group,
+        keep: bool,
     ) -> None:
-        self.plan, self.curves, self.active = plan, curves, active
+        self.plan, self.curves, self.active, self.gathered = plan, curves, active, gathered
+        self._due = False  # a block should have been made, and could not yet
         self.members: list[Group] = [first]
         self._keep = {first} if keep else set()  # another quantity reads these columns further down
 
@@ -166,15 +171,15 @@ class Bundle:
         if not alive:
             return
         D = sum(features(e, N) for e in alive)
-        size = sum(g.size for g in self.members)
         metric = None
         if curve is not None:
             grads = {e.nr: c[loss][0] for e, c in stop.incoming.items() if loss in c}
             metric = self._metric(stop.key, grads, curve)
-            size += metric.shape[1] if metric is not None else 0
         # the real and imaginary parts of a complex tensor are features of their own, and units would be half of them
         whole = all(e in self.plan.layout and not meta(e)[1].is_complex for e in alive)
-        if may_reroot and whole and worth_rerooting(size, D, N):
+        self._due |= stop.key in self.gathered
+        if self._due and may_reroot and whole and N * D * D <= BLOCK:
+            self._due = False
             self._reroot(stop, alive, curve, metric)
         elif curve is not None and metric is not None:
             self._add(stop, curve, metric, f"bend {len(self.members)}")
@@ -277,7 +282,7 @@ class Stepwise:
         if not any(group in c for c in stop.outgoing.values()) or self.commutes(stop.key):
             return
         D = sum(features(e, N) for e in alive)
-        if not all(e in layout for e in alive) or N * D * D > _BLOCK:
+        if not all(e in layout for e in alive) or N * D * D > BLOCK:
             raise HookjacError(
                 f"{self.name} simplifies the curvature at every step down, and cannot here: "
                 f"{' and '.join(str(tuple(e.shape)) for e in alive)} holds samples that cannot be told apart, or a "

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookjac.memory import fresh
+
 _WORTH = 1 << 21  # multiplications; below, oneDNN's preparations cost more than it saves
+_PIECE = 1 << 20  # entries of a result that are computed at once
 _EACH = 1 << 22  # the same for one matrix of a batch, which MKL does in one call and oneDNN one by one
 
 
@@ -57,10 +60,20 @@ def faster(multiplications: float, like: Tensor) -> bool:
 def mm(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:  # [m, k] @ [k, n]
     """`torch.mm`. `out` is memory that may be used."""
     (m, k), n = A.shape, B.shape[1]
-    if m * k * n >= _WORTH and _able(A, B):
-        found: Tensor = _onednn()(A, B.mT, None, "none", [], "")
+    if m * k * n < _WORTH or not _able(A, B):
+        return torch.mm(A, B) if out is None else torch.mm(A, B, out=out)
+    product, W = _onednn(), B.mT
+    if not (B.is_contiguous() or W.is_contiguous()):
+        W = B.contiguous().mT  # for other strides it has a reference implementation only, a thousand times slower
+    if m * n < _PIECE:
+        found: Tensor = product(A, W, None, "none", [], "")
         return found
-    return torch.mm(A, B) if out is None else torch.mm(A, B, out=out)
+    # it knows no `out`, and to write to fresh memory would take longer than the product: a piece at a time is copied
+    out = fresh((m, n), A) if out is None else out
+    step = max(1, _PIECE // n)
+    for start in range(0, m, step):
+        out[start : start + step].copy_(product(A[start : start + step], W, None, "none", [], ""))
+    return out
 
 
 def rows(X: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:  # [..., k] @ [k, n] -> [..., n]
@@ -80,7 +93,7 @@ def left(W: Tensor, X: Tensor) -> Tensor:  # [m, k] @ [N, k, n] -> [N, m, n]
     if m * k * n < _EACH or not _able(W, X):
         return W @ X
     W = W.contiguous()
-    out = X.new_empty(N, m, n)
+    out = fresh((N, m, n), X)
     for x, into in zip(X.unbind(0), out.unbind(0), strict=True):
         into.copy_(mm(W, x))
     return out

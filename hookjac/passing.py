@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from hookjac.deliver import deliver
 from hookjac.described import Described
 from hookjac.errors import HookjacError
-from hookjac.factor import Factor, Outer, total
+from hookjac.factor import Factor, Outer, share, total
 from hookjac.factor.metric import CHUNK
 from hookjac.graph import Edge, Held, Node, gradients, meta, pull
 from hookjac.head import Head, unit_columns
@@ -267,11 +267,16 @@ class _Reading:
         return see
 
     def meet(self, take: Take, node: Node, G: Tensor) -> None:  # G [V, *out]
+        found = []
         for k, slot, chain, turned in take.uses:
             factor = take.rule.part(node, slot, G, take.layout)
             if chain:
                 moved = factor.turned() if turned and isinstance(factor, Outer) else None
                 factor = down(tuple(self.owner._real(e) for e in chain), factor) if moved is None else moved
+            found.append((k, factor))
+        if len(found) > 1 and self.group.metric is not None:
+            share((factor for _, factor in found), G)
+        for k, factor in found:
             self.open[k] -= 1
             if self.uses[k] == 1:
                 self._finish(k, factor)

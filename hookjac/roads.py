@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hookjac import structure
-from hookjac.curvature import bends, features, worth_rerooting
+from hookjac import gathering, structure
+from hookjac.curvature import bends, features
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor
 from hookjac.graph import Edge, edge_of, gradients
@@ -32,7 +32,6 @@ from hookjac.quantity.record import Road
 from hookjac.route import Columns, Group, Key, walk
 from hookjac.uses import Use, can_mix, received, straight
 
-_MEMORY = 1 << 30  # entries of columns alive at once; beyond, products are the only way
 _STATION = 1e5  # FLOPs that the overhead of one call is worth
 _PRODUCT = 4.0  # a double backward, in walks over the same stations
 
@@ -47,6 +46,8 @@ class Roads:
         default_factory=dict
     )  # uses above another of the same parameter
     curves: dict[Key, list[Edge]] = field(default_factory=dict)
+    diagonal: set[Key] = field(default_factory=set)  # of those, the ones that curve entry by entry
+    gathered: frozenset[Key] = frozenset()  # stations below which columns are gathered into a block
     active: set[Key] = field(default_factory=set)  # stations above parameters that go by columns
     cost: dict[int, float] = field(default_factory=dict)  # FLOPs of each parameter that goes by products
     columns: float = 0.0  # FLOPs of the columns, for all parameters together
@@ -78,7 +79,8 @@ def choose(plan: Plan, edges: list[Edge], bare: list[str], wish: Road) -> Roads:
         candidates, roads.active, roads.curves, roads.crossings = set(), set(), {}, {}
     price = _Prices(plan)
     if candidates:
-        roads.columns = _columns_cost(plan, roads, edges, price)
+        found = gathering.best(plan, edges, roads.active, roads.curves, roads.crossings, roads.diagonal, price.station)
+        roads.columns, roads.gathered = found.flops, found.at
         products = sum(price.product(p, _product_road(plan, p)) for p in candidates)
         if wish == "features" or (wish == "auto" and roads.columns > products):
             _without_columns(plan, roads, candidates, f"{products:.1e} FLOPs; columns {roads.columns:.1e}")
@@ -141,7 +143,7 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
     route = plan.route
     while candidates:
         roads.active = {k for k in route.needed(candidates) if k in plan.below}
-        roads.curves, lost = {}, set()
+        roads.curves, roads.diagonal, lost = {}, set(), set()
         if all(_flat(plan, roads.active, key) for key in roads.active & inside):
             return candidates  # piecewise linear, by its structure
         group = Group("loss", 1)
@@ -159,11 +161,14 @@ def _settle(plan: Plan, roads: Roads, candidates: set[int], inside: set[Key]) ->
             if call is not None:
                 if call.rule.bend is not None:
                     roads.curves[stop.key] = below
+                    roads.diagonal.add(stop.key)
             else:
                 grads = {e.nr: c[group][0] for e, c in stop.incoming.items()}
                 try:
-                    if bends(plan, stop.key, grads, below):
+                    bent = bends(plan, stop.key, grads, below)
+                    if bent is not None:
                         roads.curves[stop.key] = below
+                        roads.diagonal |= {stop.key} if bent == "diagonal" else set()
                 except RuntimeError:
                     roads.curves[stop.key] = below
                     lost |= _params_below(plan, below) & candidates
@@ -238,32 +243,6 @@ def _work(plan: Plan, key: Key) -> float:
         widths = [e.shape[-1] for e in plan.route.after[key] if e is not None and e.leaf is None and e.shape]
         return size * 2 * max(widths, default=1)
     return size * 4
-
-
-def _columns_cost(plan: Plan, roads: Roads, edges: list[Edge], price: _Prices) -> float:
-    """The walk of `Bundle`, in numbers."""
-    route, N = plan.route, plan.N
-    alive: dict[Edge, int] = {}
-    size = sum(features(e, N) for e in edges)
-    total, most = 0.0, float(N) * size * size
-    for edge in edges:
-        alive[edge] = 1
-    for key in route.order:
-        here = [e for e in route.outs[key] if e in alive]
-        if key not in roads.active or not here:
-            continue
-        for e in here:
-            del alive[e]
-        total += size * price.station[key] + _STATION
-        alive.update({e: 1 for e in plan.uses.data(route, key) if route.key(e) in roads.active})
-        size += sum(features(e, N) for e in roads.curves.get(key, ()))
-        size += sum(features(e, N) for _ in roads.crossings.get(key, ()) for e in plan.uses.data(route, key))
-        D = sum(features(e, N) for e in alive)
-        if D and worth_rerooting(size, D, N):
-            total += 2.0 * N * min(size, D) * D * D
-            size = D
-        most = max(most, size * sum(float(e.shape.numel()) for e in alive))
-    return float("inf") if most > _MEMORY else total
 
 
 def refuse_endless(plan: Plan, roads: Roads, limit: float) -> None:

@@ -158,7 +158,7 @@ class Seeds:
                 self._enter(self.groups[wish], edges, columns)
         if by_columns and self.roads is not None and first is not None:
             keep = bool(self._named(GGN)) or first is output
-            self.bundle = Bundle(plan, self.roads.curves, self.roads.active, first, keep)
+            self.bundle = Bundle(plan, self.roads.curves, self.roads.active, self.roads.gathered, first, keep)
         for wish in self.asked:
             if isinstance(wish, (Averaged, Diagonal)):
                 kind = Averaging if isinstance(wish, Averaged) else curvature.Diagonal

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
-from hookjac.factor import Dense, Factor, Lookup, Outer, total
+from hookjac.factor import Dense, Factor, Lookup, Outer, share, total
 from hookjac.graph import Bend, Edge, Node, children, meta, pull, signed
 from hookjac.route import Key, Route
 from hookjac.rule import node_rule
@@ -112,6 +112,7 @@ def received(
             _demand(f"rule {call.rule.name!r} of layer {call.name!r}", factor, G, layout, call.params[attribute].shape)
             p = id(call.params[attribute])
             found[p] = total([found[p], factor]) if p in found else factor
+        share(found.values(), G)
         return found
     rule = node_rule(key)
     for p, use in uses.at.get(key, ()):
@@ -123,6 +124,7 @@ def received(
         _demand(f"rule {rule.name!r} of the node {type(key).__name__}", factor, G, layout, meta(operand)[0])
         factor = down(use.chain, factor)
         found[p] = total([found[p], factor]) if p in found else factor
+    share(found.values(), G)
     return found
 
 

@@ -17,14 +17,14 @@ block(metric)     [P, P]: that curvature itself
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from hookjac.factor.dense import Dense
 from hookjac.factor.lookup import Lookup
-from hookjac.factor.metric import quad_block, root
+from hookjac.factor.metric import Columns, quad_block, root
 from hookjac.factor.mixed import Sum
 from hookjac.factor.outer import Outer
 
@@ -39,6 +39,7 @@ __all__ = [
     "paired",
     "quad_block",
     "root",
+    "share",
     "total",
 ]
 
@@ -74,6 +75,23 @@ def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
         met = torch.einsum("ml,vmli->vmi", here, B.g[:, A.sample, 0])
         return A.g.new_zeros(A.rows, A.g.shape[2]).index_add_(0, A.row, (A.g * met).sum(0)).reshape(A.param)
     return (A.dense() * B.dense()).sum((0, 1))
+
+
+def share(found: Iterable[Factor], G: Tensor) -> None:
+    """Let factors of one layer, made of its columns G [V, N, o] themselves, work out but once what they have in common."""
+    parts: list[Dense | Outer] = []
+    for factor in found:
+        if isinstance(factor, Dense):
+            same = factor.t is G
+        else:
+            same = isinstance(factor, Outer) and factor.g.numel() == G.numel() and factor.g.data_ptr() == G.data_ptr()
+        if same and G.dim() == 3:
+            assert isinstance(factor, (Dense, Outer))
+            parts.append(factor)
+    if len(parts) > 1:
+        source = Columns(G)
+        for part in parts:
+            part.source = source
 
 
 def total(found: Sequence[Factor]) -> Factor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from hookjac.factor.metric import CHUNK, is_unit, quad_rows, shared, summed_block, weighed
+from hookjac.factor.metric import CHUNK, Columns, is_unit, quad_rows, shared, summed_block, weighed
 
 
 @dataclass(eq=False)
@@ -17,6 +17,7 @@ class Dense:
 
     t: Tensor
     fresh: bool = False
+    source: Columns | None = field(init=False, default=None)  # where t is what arrived at the layer's output itself
 
     @property
     def V(self) -> int:
@@ -66,6 +67,8 @@ class Dense:
         return is_unit(self._flat())
 
     def quad(self, metric: Tensor) -> Tensor:  # -> [*p]
+        if self.source is not None:
+            return self.source.rows(metric).sum(0)
         A = self._flat()
         total = A.new_zeros(A.shape[2], dtype=torch.promote_types(A.dtype, metric.dtype))
         for n in self._chunks():
@@ -111,4 +114,4 @@ class Dense:
             out[n : n + step].add_(part.reshape(rows.shape[0], self.V, other.N, other.V))
 
     def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
-        return summed_block(self._flat(), metric)
+        return summed_block(self._flat(), metric) if self.source is None else self.source.block(metric)

@@ -9,11 +9,13 @@ V columns · N samples · D entries of what the columns arrive at.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from hookjac import gemm
-from hookjac.memory import room
+from hookjac.memory import fresh, room
 
 CHUNK = 1 << 22  # entries of a temporary; a few tens of megabytes
 
@@ -42,19 +44,45 @@ def _alike(A: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
 def quad_rows(A: Tensor, metric: Tensor) -> Tensor:  # A [V, N, D], metric [N, V] or [N, V, V] -> [N, D]
     """The diagonal of Aᵀ M A for each sample, in the wider of the two precisions."""
     A, metric = _alike(A, metric)
-    if (weight := uniform(metric)) is not None and not shared(A):
-        return (A[0].square() if len(A) == 1 else A.square().sum(0)) * weight
     if is_unit(A):
         return metric if metric.dim() == 2 else metric.diagonal(dim1=1, dim2=2)
     if shared(A):
         W = A[:, 0]  # [V, D]
-        if metric.dim() == 2:
-            return metric @ W.square()
-        return ((metric @ W) * W).sum(1)
+        return gemm.mm(metric, W.square()) if metric.dim() == 2 else _met(gemm.rows(metric, W), W.unsqueeze(0))
+    weight = uniform(metric)
+    if weight is not None and len(A) == 1:
+        return A[0].square() * weight
+    V, N, D = A.shape
+    step = max(1, _CACHED // max(1, V * D))
+    if step >= N:
+        return _weighed_squares(A, metric, weight)
+    parts = [slice(n, n + step) for n in range(0, N, step)]
+    return torch.cat([_weighed_squares(A[:, n], metric[n], weight) for n in parts])
+
+
+_CACHED = 1 << 18  # entries of a temporary that stays in the cache: a quarter of the time of one that does not
+
+
+def _weighed_squares(A: Tensor, metric: Tensor, weight: Tensor | None) -> Tensor:
+    """`quad_rows` of a few samples, whose columns are their own."""
+    if weight is not None:
+        return A.square().sum(0) * weight
     if metric.dim() == 2:
-        return torch.einsum("nv,vnd->nd", metric, A.square())
+        return torch.bmm(metric.unsqueeze(1), A.square().transpose(0, 1))[:, 0]
     rows = A.transpose(0, 1)  # [N, V, D]
-    return ((metric @ rows) * rows).sum(1)
+    if gemm.faster(float(rows.shape[1]) ** 2 * rows.shape[2], A):
+        return torch.stack([(gemm.mm(m, r) * r).sum(0) for m, r in zip(metric, rows, strict=True)])
+    return (torch.bmm(metric, rows) * rows).sum(1)
+
+
+def _met(X: Tensor, Y: Tensor) -> Tensor:  # [N, V, D] -> [N, D]
+    """The sum over columns of X Y, entry by entry."""
+    N, V, D = X.shape
+    step = max(1, _CACHED // max(1, V * D))
+    if step >= N:
+        return (X * Y).sum(1)
+    Y = Y.expand(N, V, D)
+    return torch.cat([(X[n : n + step] * Y[n : n + step]).sum(1) for n in range(0, N, step)])
 
 
 def quad_block(A: Tensor, metric: Tensor) -> Tensor:  # A [V, N, D], metric [N, V] or [N, V, V] -> [N, D, D]
@@ -62,15 +90,30 @@ def quad_block(A: Tensor, metric: Tensor) -> Tensor:  # A [V, N, D], metric [N, 
     A, metric = _alike(A, metric)
     if is_unit(A):
         return torch.diag_embed(metric) if metric.dim() == 2 else metric
+    V, _, D = A.shape
+    one_by_one = gemm.faster(float(V) * D * D, A)
     if shared(A):
         W = A[:, 0]
-        if metric.dim() == 2:
-            return (W.T.unsqueeze(0) * metric.unsqueeze(1)) @ W
-        return W.T @ (metric @ W)
+        if metric.dim() == 3:
+            return gemm.left(W.mT, gemm.rows(metric, W))
+        if one_by_one:
+            return _each_block(((W * m.unsqueeze(1), W) for m in metric), A)
+        return (W.T.unsqueeze(0) * metric.unsqueeze(1)) @ W
     rows = A.transpose(0, 1)  # [N, V, D]
-    if metric.dim() == 2:
-        return (rows * metric.unsqueeze(2)).transpose(1, 2) @ rows
-    return rows.transpose(1, 2) @ (metric @ rows)
+    if one_by_one and metric.dim() == 2:
+        return _each_block(((r * m.unsqueeze(1), r) for r, m in zip(rows, metric, strict=True)), A)
+    if one_by_one:
+        return _each_block(((gemm.mm(m, r), r) for r, m in zip(rows, metric, strict=True)), A)
+    return (rows * metric.unsqueeze(2) if metric.dim() == 2 else metric @ rows).transpose(1, 2) @ rows
+
+
+def _each_block(pairs: Iterable[tuple[Tensor, Tensor]], A: Tensor) -> Tensor:  # -> [N, D, D]
+    """Xᵀ Y of each sample."""
+    _, N, D = A.shape
+    out = fresh((N, D, D), A)
+    for (X, Y), into in zip(pairs, out.unbind(0), strict=True):
+        into.copy_(gemm.mm(X.mT, Y))
+    return out
 
 
 def root(t: Tensor) -> Tensor:
@@ -109,8 +152,33 @@ def inner(X: Tensor, Y: Tensor, scale: float = 1.0) -> Tensor:  # [..., L, d], [
         if len(left) * d * e <= CHUNK:
             return torch.bmm(left, right).sum(0) * scale
         return torch.addbmm(X.new_zeros(()), left, right, beta=0, alpha=scale, out=into)
-    found = gemm.mm(X.reshape(-1, d).T, Y.reshape(-1, e), into)
-    return found if scale == 1 else found.mul_(scale)
+    X = X.reshape(-1, d)
+    return gemm.mm((X if scale == 1 else X * scale).T, Y.reshape(-1, e), into)
+
+
+class Columns:
+    """Columns at a layer's output, G [V, N, o], and what they amount to: the weight and the bias ask for the same."""
+
+    def __init__(self, G: Tensor) -> None:
+        self.G = G
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._blocks: list[tuple[Tensor | None, Tensor]] = []
+
+    def rows(self, metric: Tensor) -> Tensor:  # -> [N, o]
+        """`quad_rows`. Not to be written to."""
+        for known, found in self._rows:
+            if known is metric:
+                return found
+        self._rows.append((metric, quad_rows(self.G, metric)))
+        return self._rows[-1][1]
+
+    def block(self, metric: Tensor | None) -> Tensor:  # -> [o, o]
+        """`summed_block`, in memory of its own."""
+        for known, found in self._blocks:
+            if known is metric:
+                return found.clone()
+        self._blocks.append((metric, summed_block(self.G, metric)))
+        return self._blocks[-1][1]
 
 
 def summed_block(A: Tensor, metric: Tensor | None) -> Tensor:  # A [V, N, ..., D] -> [D, D]
@@ -119,4 +187,4 @@ def summed_block(A: Tensor, metric: Tensor | None) -> Tensor:  # A [V, N, ..., D
         return torch.diag(metric.sum(0)) if metric.dim() == 2 else metric.sum(0)
     B = weighed(A, metric)
     D = A.shape[-1]
-    return B.reshape(-1, D).T @ A.to(B.dtype).reshape(-1, D)
+    return gemm.mm(B.reshape(-1, D).T, A.to(B.dtype).reshape(-1, D))

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from hookjac import gemm
 from hookjac.factor.dense import Dense
-from hookjac.factor.metric import CHUNK, inner, is_unit, quad_rows, root, shared, summed_block, uniform, weighed
+from hookjac.factor.metric import (
+    CHUNK,
+    Columns,
+    inner,
+    is_unit,
+    quad_rows,
+    root,
+    shared,
+    summed_block,
+    uniform,
+    weighed,
+)
 from hookjac.memory import room
 
 _POSITIONS = 16  # from so many on, adding up what was built is faster than a product over all positions
@@ -29,6 +40,7 @@ class Outer:
     shape: torch.Size | None = None
     swapped: bool = False
     built: Tensor | None = field(init=False, default=None)
+    source: Columns | None = field(init=False, default=None)  # where g is what arrived at the layer's output itself
 
     @property
     def V(self) -> int:
@@ -112,8 +124,11 @@ class Outer:
     def quad(self, metric: Tensor) -> Tensor:  # -> [*p]
         _, N, B, L, o = self.g.shape
         if L == 1:
-            rows = quad_rows(self.g[:, :, :, 0].flatten(2), metric).reshape(N, B, o)
-            return self._fold(rows.permute(1, 2, 0) @ self.a[:, :, 0].square().transpose(0, 1).to(rows.dtype))
+            rows = self._rows(metric).view(N, B, o)
+            squares = self.a[:, :, 0].square().to(rows.dtype)
+            return self._fold(
+                _stacked([gemm.mm(r.T, s) for r, s in zip(rows.unbind(1), squares.unbind(1), strict=True)])
+            )
         if self.built is not None:
             return Dense(self.built).quad(metric)
         weight = uniform(metric)
@@ -124,6 +139,11 @@ class Outer:
             found = Dense(self.samples(n).dense()).quad(metric[n])
             total = found if total is None else total + found
         return self._fold(self.a.new_zeros(B, o, self.a.shape[3])) if total is None else total
+
+    def _rows(self, metric: Tensor) -> Tensor:  # -> [N, B o], of one position
+        if self.source is not None:
+            return self.source.rows(metric)
+        return quad_rows(self.g[:, :, :, 0].flatten(2), metric).contiguous()
 
     def _sum_of_squares(self) -> Tensor:  # -> [*p]
         """Over all columns and samples. One column at a time: what is built stays in the cache."""
@@ -140,7 +160,7 @@ class Outer:
     def quad_each(self, metric: Tensor) -> Tensor:  # -> [N, *p]
         _, N, B, L, o = self.g.shape
         if L == 1:
-            rows = quad_rows(self.g[:, :, :, 0].flatten(2), metric).reshape(N, B, o)
+            rows = self._rows(metric).view(N, B, o)
             return self._fold(rows.unsqueeze(3) * self.a[:, :, 0].square().unsqueeze(2).to(rows.dtype))
         parts = [Dense(self.samples(n).dense()).quad_each(metric[n]) for n in self._chunks()]
         return torch.cat(parts) if parts else self.a.new_zeros(0, *self.param)
@@ -244,10 +264,10 @@ class Outer:
         g, a = (self.g.sum(3, keepdim=True), self.a.mean(2, keepdim=True)) if reduce else (self.g, self.a)
         rows = max(1, a.shape[0] * a.shape[2])
         A = _stacked([inner(t, t, 1 / rows) for t in a.unbind(1)])
-        weight = uniform(metric)
-        W = g if weight is not None else weighed(g, metric)
-        B = _stacked([inner(s, t) for s, t in zip(W.unbind(2), g.to(W.dtype).unbind(2), strict=True)])
-        return A, B if weight is None else B * weight
+        if self.source is not None:
+            return A, self.source.block(metric).unsqueeze(0)
+        W = weighed(g, metric)
+        return A, _stacked([inner(s, t) for s, t in zip(W.unbind(2), g.to(W.dtype).unbind(2), strict=True)])
 
     def multiplied(self, A: Tensor, B: Tensor) -> Outer:
         """By a Kronecker product B (x) A with A [B, i, i] and B [B, o, o], both symmetric."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hookjac import gemm
 from hookjac.factor import Dense, Factor, Outer
 from hookjac.graph import Node, saved
 from hookjac.layers.broadcast import operand, summed
@@ -22,7 +23,7 @@ def _positions(t: Tensor) -> Tensor:  # [V, N, *positions, d] -> [V, N, L, d], v
 
 
 def _linear_pull(call: Call, G: Tensor) -> Tensor:  # [V, ..., o] -> [V, ..., i]
-    return G @ call.values["weight"]
+    return gemm.rows(G, call.values["weight"])
 
 
 def _linear_factors(call: Call, G: Tensor, layout: Layout) -> dict[str, Factor]:
@@ -215,18 +216,36 @@ def _scaled(t: Tensor, by: float) -> Tensor:
     return t if by == 1 else t * by
 
 
-def _addmm_way(slot: int) -> Way:
+def _through(left: bool, name: str) -> Way:
+    """Columns of a product [.., r, c] on to its left factor, times the right one, or the other way round."""
+
     def back(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
-        other = node._saved_mat2 if slot == 1 else node._saved_mat1
-        return _scaled(G @ other.mT if slot == 1 else other.mT @ G, node._saved_alpha)
+        other = getattr(node, name)
+        if not left:
+            return gemm.left(other.mT, G)
+        if G.dim() == 3 and G.shape[1] > 1 and G.stride(1) == 0:  # the same for every row: so is what comes of it
+            return gemm.rows(G[:, 0], other.mT).unsqueeze(1).expand(-1, G.shape[1], -1)
+        return gemm.rows(G, other.mT)
 
     return back
 
 
+def _scaled_by_alpha(back: Way) -> Way:
+    return lambda node, G, shape: _scaled(back(node, G, shape), node._saved_alpha)
+
+
 # the way on of columns, without what the weight gets from each
-way("MmBackward0", into={0: lambda n, G, shape: G @ n._saved_mat2.mT, 1: lambda n, G, shape: n._saved_self.mT @ G})
+_LEFT, _RIGHT = _through(True, "_saved_mat2"), _through(False, "_saved_self")
+way("MmBackward0", into={0: _LEFT, 1: _RIGHT})
 way("BmmBackward0", into={0: lambda n, G, shape: G @ n._saved_mat2.mT, 1: lambda n, G, shape: n._saved_self.mT @ G})
-way("AddmmBackward0", into={0: lambda n, G, shape: _scaled(G, n._saved_beta), 1: _addmm_way(1), 2: _addmm_way(2)})
+way(
+    "AddmmBackward0",
+    into={
+        0: lambda n, G, shape: _scaled(G, n._saved_beta),
+        1: _scaled_by_alpha(_LEFT),
+        2: _scaled_by_alpha(_through(False, "_saved_mat1")),
+    },
+)
 
 place("MmBackward0", into=_mm_place, product=True)
 place("AddmmBackward0", into=_behind(_mm_place), product=True)

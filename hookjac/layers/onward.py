@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hookjac.graph import Node, signed
-from hookjac.memory import passed, room, scaled_by
+from hookjac.memory import above_zero, room, scaled_by
 from hookjac.ways import way
 
 # The same entries --------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ way("DivBackward0", into={0: lambda node, G, shape: G / node._saved_other})
 
 # Activations -------------------------------------------------------------------------------------------------------
 
-way("ReluBackward0", into={0: lambda node, G, shape: passed(G, ~(node._saved_result <= 0))})
+way("ReluBackward0", into={0: lambda node, G, shape: above_zero(G, node._saved_result)})
 way("TanhBackward0", into={0: lambda node, G, shape: scaled_by(G, 1 - node._saved_result.square())})
 way("SigmoidBackward0", into={0: lambda node, G, shape: scaled_by(G, (1 - node._saved_result) * node._saved_result)})
 

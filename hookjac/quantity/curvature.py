@@ -83,8 +83,9 @@ def GGNSqrt(
     """`p.ggn_sqrt` [V, N, *p]: S with G = sum over v and n of s sᵀ for this parameter's block, exact to rounding.
 
     V = C columns H_n^(1/2) J_n, or C - 1 under cross entropy (the rank of its H_n); with `samples`, that many random
-    ones, unbiased (see `GGNDiagMC`). Of the data's part of the loss: a penalty has no place in it. Needs a loss that is convex in the outputs. Units:
-    sqrt(loss) / parameter. Cost: C (or `samples`) backwards, and writing V N times the parameters.
+    ones, unbiased (see `GGNDiagMC`). Of the data's part of the loss: a penalty has no place in it. Needs a loss that is
+    convex in the outputs. Units: sqrt(loss) / parameter. Cost: C (or `samples`) backwards, and writing V N times the
+    parameters.
     """
     wish: Wish = GGN() if samples is None else Sampled(samples, generator)
 

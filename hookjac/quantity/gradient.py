@@ -103,7 +103,7 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
         return whole.to(got.param.dtype), _sq_sum(got)
 
     def variance(whole: Tensor, squares: Tensor, M: int, N: int) -> Tensor:
-        return (N**2 * (squares / M - (whole / M).square())).clamp(min=0)
+        return torch.addcmul(squares, whole, whole, value=-1 / M).mul_(N**2 / M).clamp_(min=0)
 
     def reduce(got: Received) -> Tensor:
         return variance(*measure(got), got.M, got.N)
@@ -119,15 +119,15 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
 
 
 def _sq_sum(got: Received) -> Tensor:
-    out, factor = got.zeros(), got.factor
-    if factor is not None:
-        one = torch.ones((), dtype=factor.tensors[0].dtype, device=out.device)
-        out = out + factor.quad(one.expand(got.M, 1))
+    factor = got.factor
+    if factor is None:
+        out = got.zeros()
+    else:
+        one = torch.ones((), dtype=factor.tensors[0].dtype, device=got.param.device)
+        out = factor.quad(one.expand(got.M, 1))
     if got.direct is not None:
         share = got.direct.head / got.N
-        if factor is not None:
-            out = out + 2 * share * got.sum()
-        out = out + got.M * share.square()
+        out = out + 2 * share * got.sum() + got.M * share.square()
     return out.to(got.param.dtype)
 
 

@@ -168,12 +168,9 @@ class Received:
 
     def diagonal(self) -> Tensor:
         """[*p]: the diagonal of the curvature."""
-        out = self.zeros()
-        for factor, metric in self.pieces:
-            assert metric is not None
-            out = out + factor.quad(metric)
-        for lower, upper in self.crossed:
-            out = out + 2 * paired(lower, upper)
+        found = [factor.quad(metric) for factor, metric in self.pieces if metric is not None]
+        found += [2 * paired(lower, upper) for lower, upper in self.crossed]
+        out = sum(found[1:], found[0]) if found else self.zeros()
         return self._with(out, lambda product: product.diagonal(), self.share)
 
     def diagonals(self) -> Tensor:
