@@ -27,6 +27,7 @@ from hookjac.factor.lookup import Lookup
 from hookjac.factor.metric import Columns, quad_block, root
 from hookjac.factor.mixed import Sum
 from hookjac.factor.outer import Outer
+from hookjac.factor.unfolded import Unfolded, patches
 
 __all__ = [
     "Dense",
@@ -34,9 +35,11 @@ __all__ = [
     "Lookup",
     "Outer",
     "Sum",
+    "Unfolded",
     "add_gram",
     "each_gram",
     "paired",
+    "patches",
     "quad_block",
     "root",
     "share",

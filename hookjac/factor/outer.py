@@ -22,6 +22,7 @@ from hookjac.factor.metric import (
     uniform,
     weighed,
 )
+from hookjac.factor.unfolded import Unfolded
 from hookjac.memory import room
 
 _POSITIONS = 16  # from so many on, adding up what was built is faster than a product over all positions
@@ -36,7 +37,7 @@ class Outer:
     """
 
     g: Tensor  # [V, N, B, L, o]
-    a: Tensor  # [N, B, L, i]
+    inputs: Tensor | Unfolded  # [N, B, L, i]
     shape: torch.Size | None = None
     swapped: bool = False
     built: Tensor | None = field(init=False, default=None)
@@ -52,21 +53,30 @@ class Outer:
 
     @property
     def param(self) -> torch.Size:
+        if self.shape is not None:
+            return self.shape
         B, o, i = self.g.shape[2], self.g.shape[4], self.a.shape[3]
-        return self.shape or torch.Size((B * i, o) if self.swapped else (B * o, i))
+        return torch.Size((B * i, o) if self.swapped else (B * o, i))
+
+    @property
+    def a(self) -> Tensor:  # [N, B, L, i]
+        return self.inputs if isinstance(self.inputs, Tensor) else self.inputs.patches
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.g, self.a)
+        return (self.g, self.inputs if isinstance(self.inputs, Tensor) else self.inputs.x)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Outer:
-        return replace(self, g=f(self.g), a=f(self.a))
+        inputs = self.inputs
+        return replace(self, g=f(self.g), inputs=f(inputs) if isinstance(inputs, Tensor) else inputs.map(f))
 
     def columns(self, index: Tensor | slice) -> Outer:
         return replace(self, g=self.g[index])
 
     def samples(self, index: Tensor | slice) -> Outer:
-        return replace(self, g=self.g[:, index], a=self.a[index])
+        inputs = self.inputs
+        its = inputs[index] if isinstance(inputs, Tensor) else inputs.samples(index)
+        return replace(self, g=self.g[:, index], inputs=its)
 
     def _fold(self, t: Tensor) -> Tensor:  # [..., B, o, i] -> [..., *p]
         t = t.transpose(-1, -2) if self.swapped else t
@@ -103,10 +113,14 @@ class Outer:
         return self._fold(_stacked(parts)).contiguous()
 
     def _build(self) -> Tensor:
+        if not isinstance(self.inputs, Tensor) and (made := self.inputs.products(self.g)) is not None:
+            return made.reshape(self.N, self.V, *self.param).transpose(0, 1)
         g, a = self.g.transpose(0, 1), self.a.unsqueeze(1)  # [N, V, B, L, o], [N, 1, B, L, i]
         left, right = (a, g) if self.swapped else (g, a)
         N, V, B, L, _ = g.shape
         r, c = left.shape[4], right.shape[4]
+        if L > 1 and right.stride(3) == 1 and c < r and not self.swapped:  # positions lie side by side
+            return self._build_turned()
         into = room((N, V, B, r, c), g, a)
         if L == 1:  # a broadcast product beats einsum and bmm for plain outer products
             out = torch.mul(left[:, :, :, 0, :, None], right[:, :, :, 0, None, :], out=into)
@@ -116,6 +130,14 @@ class Outer:
             out = out.view(N, V, B, r, c)
         else:
             out = torch.matmul(left.transpose(3, 4), right, out=into)
+        return out.reshape(N, V, *self.param).transpose(0, 1)
+
+    def _build_turned(self) -> Tensor:
+        """The transposed product, for MKL does better with the shorter side first; what it takes to turn it is little."""
+        V, N, B, L, o = self.g.shape
+        columns = self.g.permute(1, 2, 0, 4, 3).reshape(N * B, V * o, L)
+        out = torch.bmm(self.a.reshape(N * B, L, -1).mT, columns.mT)  # [N B, i, V o]
+        out = out.view(N, B, -1, V, o).permute(0, 3, 1, 4, 2)
         return out.reshape(N, V, *self.param).transpose(0, 1)
 
     def parted(self) -> bool:
@@ -147,15 +169,14 @@ class Outer:
 
     def _sum_of_squares(self) -> Tensor:  # -> [*p]
         """Over all columns and samples. One column at a time: what is built stays in the cache."""
-        _, N, B, _, o = self.g.shape
-        i = self.a.shape[3]
-        total = self.g.new_zeros(B, o, i)
-        step = max(1, (CHUNK >> 2) // max(1, B * o * i))
-        for n in range(0, N, step):
-            a = self.a[n : n + step]
-            for g in self.g[:, n : n + step]:
-                total = total + (g.mT @ a).square_().sum(0)
-        return self._fold(total)
+        total: Tensor | None = None
+        step = max(1, (CHUNK >> 2) // max(1, self.param.numel()))
+        for n in range(0, self.N, step):
+            some = self.samples(slice(n, n + step))
+            for v in range(self.V):
+                found = some.columns(slice(v, v + 1))._build()[0].square_().sum(0)
+                total = found if total is None else total.add_(found)
+        return self.g.new_zeros(self.param) if total is None else total
 
     def quad_each(self, metric: Tensor) -> Tensor:  # -> [N, *p]
         _, N, B, L, o = self.g.shape
@@ -276,7 +297,7 @@ class Outer:
     def rotated(self, Q_A: Tensor | None, Q_B: Tensor) -> Outer:
         """In another basis of inputs Q_A [B, i, i] and outputs Q_B [B, o, o]."""
         a = self.a if Q_A is None else torch.einsum("nbli,bij->nblj", self.a, Q_A)
-        return replace(self, g=torch.einsum("vnblo,bop->vnblp", self.g.to(Q_B.dtype), Q_B), a=a)
+        return replace(self, g=torch.einsum("vnblo,bop->vnblp", self.g.to(Q_B.dtype), Q_B), inputs=a)
 
     def alike(self, other: Outer) -> bool:
         """Do both lay the parameter out in the same way, so that positions can be put side by side?"""
@@ -285,7 +306,9 @@ class Outer:
 
     def turned(self) -> Outer | None:
         """The same for the transposed parameter; None where that is no matrix."""
-        return Outer(self.g, self.a, None, not self.swapped) if self.shape is None and self.g.shape[2] == 1 else None
+        if self.shape is not None or self.g.shape[2] != 1:
+            return None
+        return Outer(self.g, self.inputs, None, not self.swapped)
 
     def padded(self, axis: int, before: int, after: int) -> Outer | None:
         """The same for a parameter of which this one was a slice; None where that is no matrix."""
@@ -294,7 +317,7 @@ class Outer:
         pad = torch.nn.functional.pad
         if (axis == 0) != self.swapped:
             return replace(self, g=pad(self.g, (before, after)))
-        return replace(self, a=pad(self.a, (before, after)))
+        return replace(self, inputs=pad(self.a, (before, after)))
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

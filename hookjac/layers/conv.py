@@ -9,34 +9,17 @@ V columns · N samples · B groups · L positions · k kernel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from hookjac.factor import Dense, Factor, Outer
+from hookjac.factor import Dense, Factor, Outer, Unfolded, patches
 from hookjac.graph import Edge, Node, saved
 from hookjac.layers.broadcast import operand
-from hookjac.memory import room
+from hookjac.memory import fresh
 from hookjac.places import place, rows_of_first
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
 from hookjac.ways import way
-
-
-def patches(t: Tensor, groups: int, sizes: Sequence[int], kernel: Sequence[int], node: Node) -> Tensor:
-    """What each position of a kernel's slide sees: [M, C, *space] -> [M, B, L, C/B k], L = prod(sizes)."""
-    n = len(kernel)
-    pads = [p for size in reversed(node._saved_padding) for p in (size, size)]
-    t = torch.nn.functional.pad(t, pads)
-    steps = t.stride()[2:]
-    slides = [s * d for s, d in zip(steps, node._saved_stride, strict=True)]
-    reaches = [s * d for s, d in zip(steps, node._saved_dilation, strict=True)]
-    M, C = t.shape[:2]
-    split = (M, groups, C // groups, *sizes, *kernel)
-    view = t.as_strided(split, (t.stride(0), t.stride(1) * (C // groups), t.stride(1), *slides, *reaches))
-    order = (0, 1, 2, *range(3 + n, 3 + 2 * n), *range(3, 3 + n))  # positions last: they are next to each other
-    return view.permute(order).flatten(2, 2 + n).flatten(3).transpose(2, 3)
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:  # [M, C, *space] -> [M, B, L, C/B]
@@ -54,15 +37,19 @@ def _part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:  # G [V, 
         t = layout.split(G.flatten(3).sum(3))  # [V, N, (L), O]
         return Dense(t if t.dim() == 3 else t.sum(2), fresh=True)
     x, weight, groups = saved(node._saved_input), operand(node, 1), node._saved_groups
+    slide = node._saved_stride, node._saved_padding, node._saved_dilation
+    if not node._saved_transposed and layout.plain:  # [V, N, B, L, o], a view
+        g = G.reshape(*G.shape[:2], groups, weight[0] // groups, -1).transpose(3, 4)
+        return Outer(g, Unfolded(x, groups, tuple(G.shape[3:]), tuple(weight[2:]), *slide), weight)
     G = G.reshape(-1, *G.shape[2:])
     if node._saved_transposed:
-        g, a = patches(G, groups, x.shape[2:], weight[2:], node), _grouped(x, groups)
+        g, a = patches(G, groups, x.shape[2:], weight[2:], *slide), _grouped(x, groups)
     else:
-        g, a = _grouped(G, groups), patches(x, groups, G.shape[2:], weight[2:], node)
+        g, a = _grouped(G, groups), patches(x, groups, G.shape[2:], weight[2:], *slide)
     return Outer(_apart(g, V, layout), _apart(a, 1, layout)[0], weight, swapped=node._saved_transposed)
 
 
-_LARGE = 1 << 18  # entries of a column, from which on one after the other is faster: they stay in the cache
+_CACHED = 1 << 20  # entries of columns that one call takes: more of them would not stay in the cache
 
 
 def _pull(node: Node, G: Tensor, shape: torch.Size) -> Tensor:  # [V, rows, O, *space] -> [V, *in]
@@ -77,9 +64,13 @@ def _pull(node: Node, G: Tensor, shape: torch.Size) -> Tensor:  # [V, rows, O, *
             node._saved_output_padding, node._saved_groups, mask,
         )[0]  # fmt: skip
 
-    if len(G) > 1 and G[0].numel() > _LARGE and not G.is_cuda:
-        return torch.stack([back(g) for g in G], out=room((len(G), *shape), G))
-    return back(G.reshape(-1, *G.shape[2:])).view(len(G), *shape)
+    step = max(1, _CACHED // max(1, G[0].numel(), shape.numel()))
+    if step >= len(G) or G.is_cuda:
+        return back(G.reshape(-1, *G.shape[2:])).view(len(G), *shape)
+    out = fresh((len(G), *shape), G)
+    for some, into in zip(G.split(step), out.split(step), strict=True):
+        into.copy_(back(some.reshape(-1, *G.shape[2:])).view(into.shape))
+    return out
 
 
 def _channels_as_samples(node: Node, layout: Layout) -> str | None:
