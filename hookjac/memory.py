@@ -114,6 +114,14 @@ def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.frombuffer(holder, dtype=like.dtype, count=shape.numel()).view(shape)
 
 
+def alike(G: Tensor) -> Tensor:
+    """As large as G [V, N, *t], in the same order: where the samples come first in memory, they do here, too."""
+    if G.dim() > 2 and G.stride(0) < G.stride(1):
+        V, N, *rest = G.shape
+        return fresh((N, V, *rest), G).transpose(0, 1)
+    return fresh(G.shape, G)
+
+
 def room(shape: Sequence[int], like: Tensor, *others: Tensor) -> Tensor | None:
     """[*shape] for `out=`; None where the result of `like` and `others` shall carry a graph, which no `out=` can."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (like, *others)):
@@ -168,7 +176,9 @@ def scaled_by(G: Tensor, slope: Tensor) -> Tensor:
     """[V, *t] times [*t]."""
     if G.dtype != slope.dtype or G.shape[1:] != slope.shape:
         return G * slope
-    return torch.mul(G, slope, out=room(G.shape, G, slope))
+    if torch.is_grad_enabled() and (G.requires_grad or slope.requires_grad):
+        return G * slope
+    return torch.mul(G, slope, out=alike(G))
 
 
 def above_zero(G: Tensor, t: Tensor) -> Tensor:
@@ -177,7 +187,7 @@ def above_zero(G: Tensor, t: Tensor) -> Tensor:
     if not G.is_floating_point() or G.dtype != t.dtype or (torch.is_grad_enabled() and G.requires_grad):
         return G.masked_fill(t <= 0, 0)
     kernel = torch.ops.aten.threshold_backward.grad_input
-    return kernel(G, t.expand_as(G), 0, grad_input=fresh(G.shape, G))
+    return kernel(G, t.expand_as(G), 0, grad_input=alike(G))
 
 
 def passed(G: Tensor, chosen: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hookjac import gemm
 from hookjac.factor.metric import CHUNK, Columns, is_unit, quad_rows, shared, summed_block, weighed
 
 
@@ -106,12 +107,13 @@ class Dense:
 
     def add_gram(self, out: Tensor, other: Dense) -> None:  # out [N, V, N', V']
         A = self._flat().transpose(0, 1)
-        B = other._flat().transpose(0, 1).reshape(other.N * other.V, other.param.numel())
+        B = A if other is self else other._flat().transpose(0, 1)
+        B = B.reshape(other.N * other.V, other.param.numel())
         step = max(1, CHUNK // max(1, self.V * B.shape[0]))
         for n in range(0, self.N, step):
             rows = A[n : n + step]
-            part = rows.reshape(rows.shape[0] * self.V, B.shape[1]) @ B.T
-            out[n : n + step].add_(part.reshape(rows.shape[0], self.V, other.N, other.V))
+            part = gemm.mm(rows.reshape(rows.shape[0] * self.V, B.shape[1]), B.T)
+            out[n : n + step].add_(part.view(rows.shape[0], self.V, other.N, other.V))
 
     def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
         return summed_block(self._flat(), metric) if self.source is None else self.source.block(metric)

@@ -146,14 +146,23 @@ def uniform(metric: Tensor | None) -> Tensor | None:
 def inner(X: Tensor, Y: Tensor, scale: float = 1.0) -> Tensor:  # [..., L, d], [..., L, e] -> [d, e]
     """The sum of scale Xᵀ Y over all axes before the last. einsum takes up to seventeen times as long."""
     d, e = X.shape[-1], Y.shape[-1]
-    into = room((d, e), X, Y)
     if X.dim() > 2 and X.shape[-2] > 1 and X.stride(-2) == 1 and Y.stride(-2) == 1:  # positions lie side by side
-        left, right = X.mT.reshape(-1, d, X.shape[-2]), Y.mT.reshape(-1, e, Y.shape[-2]).mT
-        if len(left) * d * e <= CHUNK:
-            return torch.bmm(left, right).sum(0) * scale
-        return torch.addbmm(X.new_zeros(()), left, right, beta=0, alpha=scale, out=into)
+        return _inner_turned(X, X if Y is X else Y, scale)
     X = X.reshape(-1, d)
-    return gemm.mm((X if scale == 1 else X * scale).T, Y.reshape(-1, e), into)
+    return gemm.mm((X if scale == 1 else X * scale).T, Y.reshape(-1, e), room((d, e), X, Y))
+
+
+def _inner_turned(X: Tensor, Y: Tensor, scale: float) -> Tensor:
+    d, e, L = X.shape[-1], Y.shape[-1], X.shape[-2]
+    if gemm.faster(float(X.numel()) * e, X):  # all positions of all samples side by side
+        left = X.mT.movedim(-2, 0).reshape(d, -1)
+        right = left if Y is X else Y.mT.movedim(-2, 0).reshape(e, -1)
+        found = gemm.mm(left, right.T)
+        return found if scale == 1 else found.mul_(scale)
+    left, right = X.mT.reshape(-1, d, L), Y.mT.reshape(-1, e, L).mT
+    if len(left) * d * e <= CHUNK:
+        return torch.bmm(left, right).sum(0) * scale
+    return torch.addbmm(X.new_zeros(()), left, right, beta=0, alpha=scale, out=room((d, e), X, Y))
 
 
 class Columns:

@@ -249,23 +249,37 @@ class Outer:
         pairs = float(N * L) * (N2 * L2) * (self.V * V2 * o + i)
         built = float(N * L * self.V + N2 * L2 * V2 + N * self.V * N2 * V2) * o * i
         if (self.swapped, B) != (other.swapped, B2) or (L * L2 > 1 and built < pairs):
-            for n in self._chunks():
-                rows = Dense(self.samples(n).dense())
-                for m in other._chunks():
-                    rows.add_gram(out[n, :, m], Dense(other.samples(m).dense()))
+            self._add_built_gram(out, other)
             return
         step = max(1, CHUNK // max(1, self.V * B * L * N2 * V2 * L2))
         both_shared = shared(self.g) and shared(other.g)
-        its_g = (other.g[:, :1] if both_shared else other.g).permute(2, 4, 1, 0, 3)  # [B, o, N', V', L']
-        its_a = other.a.permute(1, 3, 0, 2)  # [B, i, N', L']
+        its_g = (other.g[:, :1] if both_shared else other.g).permute(2, 4, 1, 0, 3).flatten(2)  # [B, o, N' V' L']
+        its_a = other.a.permute(1, 3, 0, 2).flatten(2)  # [B, i, N' L']
         for start in range(0, N, step):
             here = slice(start, start + step)
             g = self.g[:, :1] if both_shared else self.g[:, here]
             g, a = g.permute(2, 1, 0, 3, 4), self.a[here].transpose(0, 1)  # [B, n, V, L, o], [B, n, L, i]
-            gg = (g.flatten(1, 3) @ its_g.flatten(2)).reshape(*g.shape[:4], *its_g.shape[2:])
-            aa = (a.flatten(1, 2) @ its_a.flatten(2)).reshape(*a.shape[:3], *its_a.shape[2:])
+            gg = _products(g.flatten(1, 3), its_g).view(*g.shape[:4], -1, V2, L2)
+            aa = _products(a.flatten(1, 2), its_a).view(*a.shape[:3], N2, L2)
             part = gg * aa[:, :, None, :, :, None, :]  # [B, n, V, L, N', V', L']
             out[here].add_(part[0, :, :, 0, :, :, 0] if B * L * L2 == 1 else part.sum((0, 3, 6)))
+
+    def _add_built_gram(self, out: Tensor, other: Outer) -> None:
+        """From the products themselves: of all samples, or of some at a time against some others."""
+        if max(self.N * self.V, other.N * other.V) * self.param.numel() <= 4 * CHUNK:
+            rows = Dense(self.dense())
+            rows.add_gram(out, rows if other is self else Dense(other.dense()))
+            return
+        for n in self._chunks():
+            rows = Dense(self.samples(n).dense())
+            for m in other._chunks():
+                if other is not self or m.start > n.start:
+                    rows.add_gram(out[n, :, m], Dense(other.samples(m).dense()))
+                elif m.start == n.start:
+                    rows.add_gram(out[n, :, m], rows)
+        if other is self:  # the other half
+            for n in self._chunks():
+                out[n.stop :, :, n] += out[n, :, n.stop :].permute(2, 3, 0, 1)
 
     def block(self, metric: Tensor | None) -> Tensor:  # -> [P, P]
         total: Tensor | None = None
@@ -318,6 +332,10 @@ class Outer:
         if (axis == 0) != self.swapped:
             return replace(self, g=pad(self.g, (before, after)))
         return replace(self, inputs=pad(self.a, (before, after)))
+
+
+def _products(X: Tensor, Y: Tensor) -> Tensor:  # [B, m, k], [B, k, n] -> [B, m, n]
+    return _stacked([gemm.mm(x, y) for x, y in zip(X.unbind(0), Y.unbind(0), strict=True)])
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

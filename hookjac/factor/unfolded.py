@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hookjac.memory import fresh
+
 _BLOCK = 16  # channels that oneDNN's convolutions take at once with AVX-512
-_CACHED = 1 << 20  # entries of the columns that one call takes
+_CACHED = 1 << 20  # entries of the columns that one call takes, and half of what it makes
 
 
 @dataclass(eq=False)
@@ -55,21 +57,31 @@ class Unfolded:
         C, x = self.x.shape[1] // B, self.x
         if V == 0 or C % _BLOCK or o % _BLOCK or len(self.kernel) != 2 or (B > 1 and V > 1) or not _able(x, g):
             return None
-        step = max(1, _CACHED // max(1, N * B * o * L))
-        image = x.reshape(1, N * B * C, *x.shape[2:])
-        weight = g.new_zeros(()).expand(o, C, *self.kernel)  # only its shape matters
-        found = []
-        for some in g.split(step):
-            v = len(some)
-            seen = some.permute(1, 2, 0, 4, 3).reshape(1, N * B * v * o, *self.sizes)
+        step = max(1, _CACHED // max(1, V * B * o * L, V * B * o * self.features // 2))
+        image, out = x.reshape(1, N * B * C, *x.shape[2:]), None
+        if step < N:
+            out = fresh((N, V, B, o, self.features), g)
+        for start in range(0, N, step):
+            some = g[:, start : start + step].permute(1, 2, 0, 4, 3)  # [n, B, V, o, L]
+            n = len(some)
             every = torch.ops.aten.convolution_backward(
-                seen, image, weight.expand(N * B * v, o, C, *self.kernel).flatten(0, 1), None, self.stride,
-                self.padding, self.dilation, False, [0] * len(self.kernel), N * B, [False, True, False],
-            )[1]  # fmt: skip
-            found.append(
-                every.view(N, v, B, o, self.features) if B == 1 else every.view(N, B, v, o, -1).transpose(1, 2)
-            )
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
+                some.reshape(1, n * B * V * o, *self.sizes),
+                image[:, start * B * C : (start + n) * B * C],
+                g.new_empty(n * B * V * o, C, *self.kernel),
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                False,
+                [0] * len(self.kernel),
+                n * B,
+                [False, True, False],
+            )[1]  # fmt: skip; of the weight, only the shape matters
+            every = every.view(n, B, V, o, self.features).transpose(1, 2)
+            if out is None:
+                return every
+            out[start : start + n].copy_(every)
+        return out
 
 
 def _able(x: Tensor, g: Tensor) -> bool:

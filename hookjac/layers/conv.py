@@ -55,22 +55,23 @@ _CACHED = 1 << 20  # entries of columns that one call takes: more of them would 
 def _pull(node: Node, G: Tensor, shape: torch.Size) -> Tensor:  # [V, rows, O, *space] -> [V, *in]
     """What autograd's node does, without the weight's gradient."""
     weight, mask = node._saved_weight, [True, False, False]
-    like = G.new_empty(())  # of the input, only the shape matters
 
     def back(g: Tensor) -> Tensor:
-        x = like.expand(len(g), *shape[1:])
+        x = G.new_empty(len(g), *shape[1:])  # only its shape matters
         return torch.ops.aten.convolution_backward(
             g, x, weight, None, node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed,
             node._saved_output_padding, node._saved_groups, mask,
         )[0]  # fmt: skip
 
-    step = max(1, _CACHED // max(1, G[0].numel(), shape.numel()))
-    if step >= len(G) or G.is_cuda:
-        return back(G.reshape(-1, *G.shape[2:])).view(len(G), *shape)
-    out = fresh((len(G), *shape), G)
-    for some, into in zip(G.split(step), out.split(step), strict=True):
-        into.copy_(back(some.reshape(-1, *G.shape[2:])).view(into.shape))
-    return out
+    if len(G) * max(G[0].numel(), shape.numel()) > _CACHED and not G.is_cuda:
+        out = fresh((len(G), *shape), G)
+        turned = G.stride(0) < G.stride(1)  # the samples come first in memory: some samples of all columns, then
+        G, into = (G.transpose(0, 1), out.transpose(0, 1)) if turned else (G, out)
+        step = max(1, _CACHED // max(1, G[0].numel(), into[0].numel()))
+        for some, part in zip(G.split(step), into.split(step), strict=True):
+            part.copy_(back(some.reshape(-1, *G.shape[2:])).view(part.shape))
+        return out
+    return back(G.reshape(-1, *G.shape[2:])).view(len(G), *shape)
 
 
 def _channels_as_samples(node: Node, layout: Layout) -> str | None:

@@ -6,6 +6,7 @@ samples among its channels and its scale repeated for each; RMSNorm is a product
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from hookjac.factor import Dense, Factor
 from hookjac.graph import Node, saved
 from hookjac.layers.broadcast import result
-from hookjac.memory import room
+from hookjac.memory import fresh, scaled_by
 from hookjac.places import Placed, Shapes, place, rows_of_first
 from hookjac.rule import NodeRule, register
 from hookjac.samples import Layout
@@ -47,10 +48,10 @@ def _layer_fits(node: Node, slot: int, layout: Layout) -> bool:
 
 def _channel_part(normal: Tensor | None, G: Tensor, layout: Layout) -> Factor:
     """G [V, rows, C, *space], summed over all but samples and channels."""
-    G = G if normal is None else G * saved(normal)
+    G = G if normal is None else scaled_by(G, saved(normal))
     G = G.flatten(3).sum(3) if G.dim() > 3 else G
-    rows = layout.split(G)  # [V, N, (L), C]
-    return Dense(rows if rows.dim() == 3 else rows.sum(2))
+    found = layout.split(G)  # [V, N, (L), C]
+    return Dense(found if found.dim() == 3 else found.sum(2))
 
 
 def _group_part(node: Node, slot: int, G: Tensor, layout: Layout) -> Factor:
@@ -89,26 +90,35 @@ def _behind_positions(node: Node, layout: Layout, out: torch.Size, shapes: Shape
     return [layout, None, None] if _layer_fits(node, 1, layout) else None
 
 
-def _layer_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
+def _one_by_one(G: Tensor, back: Callable[[Tensor], Tensor], out: Tensor) -> Tensor:
     """PyTorch's kernel, a column at a time, without what scale and shift get."""
-    into = room((len(G), *shape), G)
+    for g, into in zip(G, out, strict=True):
+        into.copy_(back(g.contiguous()))
+    return out
+
+
+def _layer_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
     x, mean, rstd, weight = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight
-    back = torch.ops.aten.native_layer_norm_backward
-    rows = [
-        back(g, x, node._saved_normalized_shape, mean, rstd, weight, None, [True, False, False])[0]
-        for g in G.contiguous()
-    ]
-    return torch.stack(rows, out=into)
+    kernel, its = torch.ops.aten.native_layer_norm_backward, node._saved_normalized_shape
+
+    def back(g: Tensor) -> Tensor:
+        found: Tensor = kernel(g, x, its, mean, rstd, weight, None, [True, False, False])[0]
+        return found
+
+    return _one_by_one(G, back, fresh((len(G), *shape), G))
 
 
 def _group_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
-    into = room((len(G), *shape), G)
     x, mean, rstd, weight = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight
     sizes = (node._saved_N, node._saved_C, node._saved_HxW, node._saved_group)
-    back = torch.ops.aten.native_group_norm_backward
-    x = x.contiguous()
-    rows = [back(g, x, mean, rstd, weight, *sizes, [True, False, False])[0] for g in G.contiguous()]
-    return torch.stack(rows, out=into)
+    kernel, x = torch.ops.aten.native_group_norm_backward, x.contiguous()
+
+    def back(g: Tensor) -> Tensor:
+        found: Tensor = kernel(g, x, mean, rstd, weight, *sizes, [True, False, False])[0]
+        return found
+
+    # the samples first in memory: so a convolution above it will want them, for its products with patches
+    return _one_by_one(G, back, fresh((shape[0], len(G), *shape[1:]), G).transpose(0, 1))
 
 
 way(_LAYER, into={0: _layer_way})
