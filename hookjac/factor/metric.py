@@ -154,15 +154,24 @@ def inner(X: Tensor, Y: Tensor, scale: float = 1.0) -> Tensor:  # [..., L, d], [
 
 def _inner_turned(X: Tensor, Y: Tensor, scale: float) -> Tensor:
     d, e, L = X.shape[-1], Y.shape[-1], X.shape[-2]
-    if gemm.faster(float(X.numel()) * e, X):  # all positions of all samples side by side
-        left = X.mT.movedim(-2, 0).reshape(d, -1)
-        right = left if Y is X else Y.mT.movedim(-2, 0).reshape(e, -1)
-        found = gemm.mm(left, right.T)
-        return found if scale == 1 else found.mul_(scale)
-    left, right = X.mT.reshape(-1, d, L), Y.mT.reshape(-1, e, L).mT
-    if len(left) * d * e <= CHUNK:
-        return torch.bmm(left, right).sum(0) * scale
-    return torch.addbmm(X.new_zeros(()), left, right, beta=0, alpha=scale, out=room((d, e), X, Y))
+    left = X.mT.reshape(-1, d, L)
+    right = left if Y is X else Y.mT.reshape(-1, e, L)
+    some = max(1, _PIECE // max(1, L * max(d, e)))
+    if not gemm.faster(float(min(some, len(left))) * L * d * e, X):
+        if len(left) * d * e <= CHUNK:
+            return torch.bmm(left, right.mT).sum(0) * scale
+        return torch.addbmm(X.new_zeros(()), left, right.mT, beta=0, alpha=scale, out=room((d, e), X, Y))
+    total: Tensor | None = None
+    for m in range(0, len(left), some):  # as many as fit the cache, all their positions side by side
+        mine = left[m : m + some].transpose(0, 1).reshape(d, -1)
+        its = mine if right is left else right[m : m + some].transpose(0, 1).reshape(e, -1)
+        found = gemm.mm(mine, its.T)
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total if scale == 1 else total.mul_(scale)
+
+
+_PIECE = 1 << 20  # entries that are laid out anew at once
 
 
 class Columns:

@@ -23,7 +23,7 @@ from hookjac.factor.metric import (
     weighed,
 )
 from hookjac.factor.unfolded import Unfolded
-from hookjac.memory import room
+from hookjac.memory import fresh, room
 
 _POSITIONS = 16  # from so many on, adding up what was built is faster than a product over all positions
 
@@ -133,12 +133,14 @@ class Outer:
         return out.reshape(N, V, *self.param).transpose(0, 1)
 
     def _build_turned(self) -> Tensor:
-        """The transposed product, for MKL does better with the shorter side first; what it takes to turn it is little."""
+        """The transposed products, a column at a time: MKL does better with the shorter side first, and what a column
+        takes stays in the cache."""
         V, N, B, L, o = self.g.shape
-        columns = self.g.permute(1, 2, 0, 4, 3).reshape(N * B, V * o, L)
-        out = torch.bmm(self.a.reshape(N * B, L, -1).mT, columns.mT)  # [N B, i, V o]
-        out = out.view(N, B, -1, V, o).permute(0, 3, 1, 4, 2)
-        return out.reshape(N, V, *self.param).transpose(0, 1)
+        a = self.a.reshape(N * B, L, -1).mT
+        out = fresh((N, V, B, o, a.shape[1]), self.g)
+        for g, into in zip(self.g, out.unbind(1), strict=True):
+            into.copy_(torch.bmm(a, g.reshape(N * B, L, o)).view(N, B, -1, o).mT)
+        return out.view(N, V, *self.param).transpose(0, 1)
 
     def parted(self) -> bool:
         return self.g.shape[3] == 1 and is_unit(self.g[:, :, :, 0].flatten(2))
@@ -301,6 +303,9 @@ class Outer:
         A = _stacked([inner(t, t, 1 / rows) for t in a.unbind(1)])
         if self.source is not None:
             return A, self.source.block(metric).unsqueeze(0)
+        weight = uniform(metric)
+        if weight is not None and weight.dtype == g.dtype:
+            return A, _stacked([inner(t, t).mul_(weight) for t in g.unbind(2)])
         W = weighed(g, metric)
         return A, _stacked([inner(s, t) for s, t in zip(W.unbind(2), g.to(W.dtype).unbind(2), strict=True)])
 
