@@ -93,7 +93,7 @@ def test_speed(benchmark: Any, workload: str, quantity: str) -> None:
         benchmark.pedantic(ours)
         return
     steps["plain"] = contenders.plain(job)
-    turns = measure.Turns(steps)
+    turns = measure.Turns(ours, steps)
     count = measure.rounds([ours, *steps.values()])
     benchmark.pedantic(lambda: drop(ours()), setup=turns, rounds=count)
     columns = C if quantity in ("jac", "ntk", "ggn_diag", "kfac exact", "hess_diag") else int(quantity in RANDOM)

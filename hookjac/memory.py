@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # bytes; below, PyTorch's allocator does not ask the system either
+_LARGE = 1 << 22  # bytes; below, the C library does not ask the system either (see `_teach_malloc`)
 _KEPT_FOR = 3  # backwards without use, after which a region is returned
 
 _able = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")

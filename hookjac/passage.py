@@ -44,9 +44,11 @@ class Use(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of the gradient of one parameter: FLOPs, and whether a rule copies the layer's input before it can begin."""
+    """Of the gradient of one parameter: FLOPs, the most positions of a sample that share it, and whether a rule copies
+    the layer's input before it can begin."""
 
     flops: float
+    positions: int
     copies: bool
 
 
@@ -185,19 +187,18 @@ def _steps(plan: Plan, takes: Mapping[Node, Take], told: Callable[[Edge], Number
 
 
 def _cost(plan: Plan, p: int) -> Cost:
-    flops, copies = 0.0, False
+    flops, positions, copies = 0.0, 1, False
+    shape = plan.params[p].shape
     for use in plan.uses.of.get(p, ()):
         (edge,) = plan.route.outs[use.key]
-        rule, shape = node_rule(use.key), plan.params[p].shape
+        rule = node_rule(use.key)
         if len(shape) > 1:
-            flops += (
-                2.0
-                * edge.shape.numel()
-                * shape.numel()
-                / max(1, max(shape[0], shape[-1]) if len(shape) == 2 else shape[0])
-            )
+            o = edge.shape[1] if len(shape) > 2 and len(edge.shape) > 1 else edge.shape[-1]  # channels, features
+            rows = edge.shape.numel() / max(1, o)
+            flops += 2.0 * rows * shape.numel()
+            positions = max(positions, int(rows / max(1, plan.N)))
         copies |= rule is not None and rule.copies
-    return Cost(flops, copies)
+    return Cost(flops, positions, copies)
 
 
 def _alone(plan: Plan, found: Described) -> bool:

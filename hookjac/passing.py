@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hookjac import gemm
 from hookjac.deliver import deliver
 from hookjac.described import Described
 from hookjac.errors import HookjacError
@@ -69,7 +70,7 @@ class _Group:
     asked: list[tuple[int, Quantity]] = field(default_factory=list)
     metric: Tensor | None = None
     rows: dict[int, Tensor] = field(default_factory=dict)
-    whole: bool = False  # the sums over the samples are wanted, too
+    summed: frozenset[int] = frozenset()  # parameters of which the sum over the samples is wanted, too
 
 
 class Pass:
@@ -201,7 +202,7 @@ class Pass:
         """Autograd goes down to the last layers only, and to the parameters that it serves itself; what the others'
         gradients add up to is delivered."""
         passage, nodes, params = self.passage, self.nodes, self.params
-        group.whole = True
+        group.summed = frozenset(range(len(params))) - frozenset(by_engine)
         held = [Held(nodes[take.number]) for take in passage.takes]
         targets = [GradientEdge(nodes[take.number], take.nr) for take in passage.takes]
         targets += [get_gradient_edge(params[k]) for k in by_engine]
@@ -221,24 +222,36 @@ class Pass:
 
     def _by_engine(self, start: Start, group: _Group) -> list[int] | None:
         """The parameters whose own gradients autograd had better compute; None: all, as it would anyway."""
-        passage = self.passage
+        passage, params = self.passage, self.params
         usual = start.fills and not start.creates and passage.alone and not torch.is_anomaly_enabled()
-        if not usual or passage.flops < _WORTH or self.params[0].device.type != "cpu":
+        if not usual or params[0].device.type != "cpu":
             return None
-        built = any(q.each for _, q in group.asked)
-        found, flops = [], 0.0
-        for k, (p, cost) in enumerate(zip(self.params, passage.costs, strict=True)):
-            if p._backward_hooks or not p.is_contiguous():
-                return None
-            small = passage.N * p.numel() <= CHUNK
-            if cost.copies and not (built and small):
-                found.append(k)
+        if any(p._backward_hooks or not p.is_contiguous() for p in params):
+            return None
+        rate = _FASTER if gemm.faster(_LARGE, params[0].detach()) else _PRODUCT
+        each, whole = any(q.each is not None for _, q in group.asked), any(q.whole for _, q in group.asked)
+        found, gain = [], -_DELIVERY - _FOR_EACH * len(params)
+        for k, (p, cost) in enumerate(zip(params, passage.costs, strict=True)):
+            theirs = cost.flops / (_CONVOLVED if cost.copies else _PRODUCT)
+            entries = passage.N * p.numel()
+            ours = cost.flops / rate
+            if whole:
+                ours = 0.0
+            elif each and cost.positions > 1 and entries <= CHUNK:
+                ours = entries / _ADDED
+            elif cost.copies:
+                ours = theirs
+            if ours < theirs:
+                gain += theirs - ours
             else:
-                flops += cost.flops
-        return found if flops >= _WORTH else None
+                found.append(k)
+        return found if gain > 0 else None
 
 
-_WORTH = 3e7  # FLOPs; below, delivering costs more than it saves
+# Measured in a microsecond: FLOPs of products by autograd, by the faster library, by convolutions; entries summed
+_PRODUCT, _FASTER, _CONVOLVED, _ADDED = 1.9e5, 3e5, 3.5e5, 7e3
+_DELIVERY, _FOR_EACH = 60.0, 4.0  # microseconds that delivering takes, and for each parameter
+_LARGE = 1e9
 
 
 class _Reading:
@@ -249,7 +262,8 @@ class _Reading:
         self.uses = owner.passage.uses
         self.open = list(self.uses)
         self.factors: dict[int, list[Factor]] = {}  # of parameters that are used more than once
-        self.prepares = group.whole and any(q.each for _, q in group.asked)
+        asked = {q.each for _, q in group.asked}
+        self.prepares, self.entries = bool(group.summed) and bool(asked - {None}), "entries" in asked
 
     def hook(self, take: Take) -> Callable[[tuple[Tensor | None, ...]], None]:
         node = self.owner.nodes[take.number]
@@ -294,9 +308,9 @@ class _Reading:
 
     def _finish(self, k: int, factor: Factor | None) -> None:
         owner, gradient = self.owner, None
-        if self.group.whole and factor is not None:
-            if self.prepares:
-                factor.prepare()
+        if factor is not None and self.prepares:
+            factor.prepare(entries=self.entries)
+        if factor is not None and k in self.group.summed:
             gradient = owner.sums[k] = factor.sum().to(owner.params[k].dtype)
         for number, q in self.group.asked:
             try:
@@ -306,15 +320,20 @@ class _Reading:
 
     def _received(self, k: int, number: int, q: Quantity, factor: Factor | None, gradient: Tensor | None) -> Received:
         passage, group, param = self.owner.passage, self.group, self.owner.params[k]
-        metric, M = group.metric if isinstance(q.wish, _CURVED) else None, passage.N
-        if factor is not None and number in group.rows:
+        N, metric = passage.N, group.metric
+        if metric is not None and not isinstance(q.wish, _CURVED):
+            metric = None
+        if factor is None:
+            return Received(param, N, N if q.subsample is None else len(q.subsample), passage.out_shape)
+        if q.subsample is None and not group.rows:
+            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient)
+        if number in group.rows:
             factor = factor.columns(group.rows[number])
-        if q.subsample is not None:
-            M = len(q.subsample)
-            pick = torch.tensor(q.subsample, device=param.device)
-            factor, metric = factor and factor.samples(pick), metric if metric is None else metric[pick]
-        pieces = () if factor is None else ((factor, metric),)
-        return Received(param, passage.N, M, passage.out_shape, pieces, whole=gradient)
+        if q.subsample is None:
+            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient)
+        pick = torch.tensor(q.subsample, device=param.device)
+        pieces = ((factor.samples(pick), None if metric is None else metric[pick]),)
+        return Received(param, N, len(q.subsample), passage.out_shape, pieces)
 
 
 _CURVED = (GGN, Hessian, Sampled)

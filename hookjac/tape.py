@@ -168,12 +168,26 @@ class Tape:
 
     def install(self) -> None:
         # a compiler that is at work must call the hooks, not trace them; if it is not loaded, do not load it
-        plain = _uncompiled if "torch._dynamo" in sys.modules else lambda hook: hook
+        before: Callable[..., Any] = self._before
+        after: Callable[..., Any] = self._after
+        if "torch._dynamo" in sys.modules:
+            before, after = _uncompiled(before), _uncompiled(after)
+        if not (self.rules or self._wary):
+            before, after = self._of_the_model(before), self._of_the_model(after)
         self._handles = [
-            hooks.register_module_forward_pre_hook(plain(self._before)),
+            hooks.register_module_forward_pre_hook(before),
             # after errors too: whatever stepped aside for the forward must come back
-            hooks.register_module_forward_hook(plain(self._after), with_kwargs=True, always_call=True),
+            hooks.register_module_forward_hook(after, with_kwargs=True, always_call=True),
         ]
+
+    def _of_the_model(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, where the layers within are of no interest."""
+        model = self.model
+
+        def seen(module: nn.Module, *given: Any) -> Any:
+            return hook(module, *given) if module is model else None
+
+        return seen
 
     def remove(self) -> None:
         while self._handles:

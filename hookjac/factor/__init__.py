@@ -81,7 +81,7 @@ def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
 
 
 def share(found: Iterable[Factor], G: Tensor) -> None:
-    """Let factors of one layer, made of its columns G [V, N, o] themselves, work out but once what they have in common."""
+    """Let factors of one layer, made of its columns G [V, N, o] themselves, work out once what they have in common."""
     parts: list[Dense | Outer] = []
     for factor in found:
         if isinstance(factor, Dense):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookjac import gemm
-from hookjac.factor.metric import CHUNK, Columns, is_unit, quad_rows, shared, summed_block, weighed
+from hookjac.factor.metric import CHUNK, Columns, is_unit, quad_rows, root, shared, summed_block, weighed
 
 
 @dataclass(eq=False)
@@ -56,7 +56,7 @@ class Dense:
     def dense(self) -> Tensor:
         return self.t
 
-    def prepare(self) -> None:
+    def prepare(self, *, entries: bool) -> None:
         """It is built."""
 
     def sum(self) -> Tensor:
@@ -83,12 +83,14 @@ class Dense:
         return Dense(weighed(self.t, R), fresh=True)
 
     def norms(self) -> Tensor:  # -> [V, N], squared
-        return self._flat().square().sum(2)
+        if torch.is_grad_enabled() and self.t.requires_grad:  # a root has no derivative at zero
+            return self._flat().square().sum(2)
+        return self.lengths().square()
 
     def lengths(self) -> Tensor:  # -> [V, N]
-        t = self.t
-        if t.dim() != 3 or t.stride(1) == 0:
-            t = self._flat()
+        t = self.t if self.t.dim() == 3 and self.t.stride(1) else self._flat()
+        if torch.is_grad_enabled() and t.requires_grad:
+            return root(t.square().sum(2))
         return torch.linalg.vector_norm(t, dim=2)
 
     def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]

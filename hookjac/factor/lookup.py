@@ -59,7 +59,7 @@ class Lookup:
         out = out.index_add_(0, place.reshape(-1), self.g.reshape(V * M, d))
         return out.reshape(self.N, V, *self.param).transpose(0, 1)
 
-    def prepare(self) -> None:
+    def prepare(self, *, entries: bool) -> None:
         """Nothing is worth building."""
 
     def sum(self) -> Tensor:

@@ -61,7 +61,7 @@ class Sum:
         first, *others = self.parts
         return sum((part.dense() for part in others), first.dense())
 
-    def prepare(self) -> None:
+    def prepare(self, *, entries: bool) -> None:
         """Nothing is kept."""
 
     def sum(self) -> Tensor:

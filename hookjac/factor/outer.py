@@ -25,6 +25,7 @@ from hookjac.factor.metric import (
 from hookjac.factor.unfolded import Unfolded
 from hookjac.memory import fresh, room
 
+_GRAM = 2.5  # what a product of positions costs, in those of building; it leaves the sum over samples to be done
 _POSITIONS = 16  # from so many on, adding up what was built is faster than a product over all positions
 
 
@@ -55,8 +56,12 @@ class Outer:
     def param(self) -> torch.Size:
         if self.shape is not None:
             return self.shape
-        B, o, i = self.g.shape[2], self.g.shape[4], self.a.shape[3]
+        B, o, i = self.g.shape[2], self.g.shape[4], self.i
         return torch.Size((B * i, o) if self.swapped else (B * o, i))
+
+    @property
+    def i(self) -> int:
+        return self.inputs.shape[3] if isinstance(self.inputs, Tensor) else self.inputs.features
 
     @property
     def a(self) -> Tensor:  # [N, B, L, i]
@@ -83,7 +88,7 @@ class Outer:
         return t.reshape(*t.shape[:-3], *self.param)
 
     def _unfold(self, t: Tensor) -> Tensor:  # [K, *p] -> [K, B, o, i]
-        B, o, i = self.g.shape[2], self.g.shape[4], self.a.shape[3]
+        B, o, i = self.g.shape[2], self.g.shape[4], self.i
         t = t.reshape(t.shape[0], B, *((i, o) if self.swapped else (o, i)))
         return t.transpose(2, 3) if self.swapped else t
 
@@ -91,9 +96,13 @@ class Outer:
         step = max(1, CHUNK // max(1, self.V * self.param.numel()))
         return (slice(n, n + step) for n in range(0, self.N, step))
 
-    def prepare(self) -> None:
-        """Several things will be asked of single samples' products: build them once, where they are small."""
-        if self.built is None and self.g.shape[3] > 1 and self.V * self.N * self.param.numel() <= CHUNK:
+    def prepare(self, *, entries: bool) -> None:
+        """Several things will be asked of single samples' products, norms and sums or every entry: build them once,
+        where they are small, and where that is cheaper than positions against each other."""
+        _, _, _, L, o = self.g.shape
+        if L == 1 or self.built is not None or self.V * self.N * self.param.numel() > CHUNK:
+            return
+        if entries or _GRAM * L * (o + self.i) >= o * self.i:
             self.built = self._build()
 
     def dense(self) -> Tensor:
@@ -109,8 +118,9 @@ class Outer:
         if self.built is not None and L >= _POSITIONS:
             return self.built.flatten(0, 1).sum(0)
         g = self.g[0] if V == 1 else self.g.sum(0)
-        parts = [inner(s, t) for s, t in zip(g.unbind(1), self.a.unbind(1), strict=True)]
-        return self._fold(_stacked(parts)).contiguous()
+        left, right = (self.a, g) if self.swapped else (g, self.a)
+        parts = [inner(s, t) for s, t in zip(left.unbind(1), right.unbind(1), strict=True)]
+        return _stacked(parts).reshape(self.param)
 
     def _build(self) -> Tensor:
         if not isinstance(self.inputs, Tensor) and (made := self.inputs.products(self.g)) is not None:
@@ -195,7 +205,7 @@ class Outer:
         if self.built is not None:
             return Dense(self.built).norms()
         V, _, _, L, o = self.g.shape
-        i = self.a.shape[3]
+        i = self.i
         if L == 1:
             return torch.einsum("vnb,nb->vn", self.g[:, :, :, 0].square().sum(3), self.a[:, :, 0].square().sum(2))
         if L * (V * o + i) < V * o * i:  # positions against each other
@@ -207,6 +217,8 @@ class Outer:
 
     def lengths(self) -> Tensor:  # -> [V, N]
         V, N, B, L, _ = self.g.shape
+        if self.built is not None:
+            return Dense(self.built).lengths()
         if B * L != 1:
             return root(self.norms())
         length = torch.linalg.vector_norm
@@ -228,7 +240,7 @@ class Outer:
 
     def each_gram(self, other: Outer) -> Tensor:  # -> [N, V, V']
         V, N, _, L, o = self.g.shape
-        V2, L2, i = other.V, other.g.shape[3], self.a.shape[3]
+        V2, L2, i = other.V, other.g.shape[3], self.i
         if self.alike(other) and L * L2 * (V * V2 * o + i) <= (L * V + L2 * V2) * o * i + V * V2 * o * i:
             gg = torch.einsum("vnblo,wnbmo->nvwblm", self.g, other.g)
             return torch.einsum("nvwblm,nblm->nvw", gg, torch.einsum("nbli,nbmi->nblm", self.a, other.a))
@@ -246,7 +258,7 @@ class Outer:
     def add_gram(self, out: Tensor, other: Outer) -> None:  # out [N, V, N', V']
         _, N, B, L, o = self.g.shape
         V2, N2, B2, L2, _ = other.g.shape
-        i = self.a.shape[3]
+        i = self.i
         # positions against each other, or the products themselves: whichever is fewer
         pairs = float(N * L) * (N2 * L2) * (self.V * V2 * o + i)
         built = float(N * L * self.V + N2 * L2 * V2 + N * self.V * N2 * V2) * o * i

@@ -33,7 +33,7 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Sam
         out = out * got.N if loss_reduction == "mean" else out
         return out.to(got.param.dtype).contiguous()  # autocast works in another
 
-    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample), each=True,
+    return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample), each="entries",
                     entries=lambda M, C, P: M * P,
                     instead="grad_sample_norm, grad_sample_gram and grad_var build nothing of that size.")  # fmt: skip
 
@@ -53,7 +53,7 @@ def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
             return factor.lengths()[0].to(got.param.dtype)
         return root(squares(got)).to(got.param.dtype)
 
-    return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample), each=True)
+    return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample), each="norm")
 
 
 def GradSampleGram(*, subsample: Samples = None) -> Quantity:
@@ -84,7 +84,7 @@ def GradSqSum(*, subsample: Samples = None) -> Quantity:
     """
     adds = Adds(powers=(2,))
     return Quantity(
-        name="grad_sq_sum", columns="loss", reduce=_sq_sum, subsample=chosen(subsample), adds=adds, each=True
+        name="grad_sq_sum", columns="loss", reduce=_sq_sum, subsample=chosen(subsample), adds=adds, each="entries"
     )
 
 
@@ -115,7 +115,15 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
         join=lambda note, sums, N: variance(sums[0], sums[1], N, N),
     )
 
-    return Quantity(name="grad_var", columns="loss", reduce=reduce, subsample=chosen(subsample), adds=adds, each=True)
+    return Quantity(
+        name="grad_var",
+        columns="loss",
+        reduce=reduce,
+        subsample=chosen(subsample),
+        adds=adds,
+        each="entries",
+        whole=True,
+    )
 
 
 def _sq_sum(got: Received) -> Tensor:

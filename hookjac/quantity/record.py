@@ -230,7 +230,9 @@ class Quantity:
     reduce: from a `Received` to the result.
     subsample: numbers of the samples it is about; None: all.
     full: it needs `Received.block` of the Hessian, not its diagonal only.
-    each: it looks at every entry of each sample's gradient; where a layer has several positions, these are built once.
+    each: what it asks of each sample's gradient, its "norm" or its "entries": where a layer has several positions, and
+        it pays, gradients of single samples are built once for all who ask.
+    whole: it looks at the sum over the samples, too.
     entries: `(samples, C, P)`: how many entries the result for one parameter has, where these may be too many; what
         cannot fit is refused before anything is allocated. instead: what to ask for then.
     adds: how `accumulate` makes up the result of a data set; None: results of batches do not add up.
@@ -241,7 +243,8 @@ class Quantity:
     reduce: Callable[[Received], Any]
     subsample: tuple[int, ...] | None = None
     full: bool = False
-    each: bool = False
+    each: Literal["norm", "entries"] | None = None
+    whole: bool = False
     entries: Callable[[int, int, int], float] | None = None
     instead: str = ""
     adds: Adds | None = None
