@@ -22,7 +22,7 @@ from hookjac.described import Described, Structure
 from hookjac.explain import Explanation
 from hookjac.graph import Edge, Node
 from hookjac.head import Bending, bending
-from hookjac.plan import Plan
+from hookjac.plan import Plan, reachable
 from hookjac.roads import Roads, choose, piecewise_linear
 from hookjac.rule import NodeRule, node_rule
 from hookjac.samples import Layout
@@ -132,8 +132,8 @@ def passage_of(plan: Plan, found: Described, tell: Callable[[Roads | None], Expl
         takes=tuple(takes.values()),
         uses=tuple(len(plan.uses.of.get(p, ())) for p in plan.names),
         costs=tuple(_cost(plan, p) for p in plan.names),
-        widest=max((e.shape.numel() for k in plan.through for e in plan.route.outs[k] if e.leaf is None), default=0),
-        steps=_steps(plan, takes, told) if selected is not None else (),
+        widest=max((e.shape.numel() for k in plan.needed for e in plan.route.outs[k] if e.leaf is None), default=0),
+        steps=_steps(plan, selected, takes, told) if selected is not None else (),
         output=None if selected is None else told(selected),
         bending=None if bent is None else bent.renamed(told),
         splits=splits,
@@ -160,10 +160,10 @@ def _flat(plan: Plan, selected: Edge | None, splits: bool) -> Roads | None:
     return roads if set(roads.road.values()) <= {"columns"} else None
 
 
-def _steps(plan: Plan, takes: Mapping[Node, Take], told: Callable[[Edge], Numbered]) -> tuple[Step, ...]:
+def _steps(plan: Plan, selected: Edge, takes: Mapping[Node, Take], told: Callable[[Edge], Numbered]) -> tuple[Step, ...]:
     """All stations that columns pass or are seen at, as `Route.step` takes them."""
     route = plan.route
-    both = plan.through | plan.visit
+    both = (plan.through | plan.visit) & reachable(route, [route.key(selected)])
     found = []
     for key in route.order:
         if key not in both or route.leaf(key) is not None:

@@ -82,6 +82,7 @@ class Pass:
         self.passage, self.nodes, self.params, self.quantities = passage, found.nodes, params, quantities
         self.made: list[list[Any]] = [[None] * len(quantities) for _ in params]
         self.sums: list[Tensor | None] = [None] * len(params)
+        self.rode = False  # the loss gradient went with other columns
         for q in quantities:
             demand_samples(q, passage.N)
         if any(q.entries is not None for q in quantities):
@@ -93,14 +94,22 @@ class Pass:
         others: list[tuple[int, Quantity]] = []
         for k, q in enumerate(self.quantities):
             (loss.asked if isinstance(q.wish, Loss) else others).append((k, q))
+        by_engine = self._by_engine(start, loss)
+        rides = by_engine == [] and bool(others) and self.passage.splits and not self.passage.odd
         if others:
             with torch.inference_mode(False), torch.no_grad(), quiet():
                 for group, columns in self._groups(start.tensors[0], others):
-                    self._send(group, columns)
-        by_engine = self._by_engine(start, loss)
+                    if rides and not self.rode:
+                        self._send_with(group, columns, loss, start.tensors[0])
+                    else:
+                        self._send(group, columns)
         if by_engine is None:
             return self._read(start, loss), self.made
-        self._read_all(start, loss, by_engine)
+        if self.rode:
+            self._free(start)
+        else:
+            self._read_all(start, loss, by_engine)
+        self._deliver()
         return None, self.made
 
     # Columns from the output --------------------------------------------------------------------------------------
@@ -149,10 +158,22 @@ class Pass:
         steps = len(passage.steps)
         engine = V * (_STARTED + _IN_ENGINE * steps)
         if V == 0 or engine > _BY_WAY * steps + _BY_VMAP * passage.odd:
-            self._side_by_side(U, reading)
+            self._side_by_side(U, [(reading, slice(0, V))])
         else:
             self._one_by_one(U, reading)
         reading.close()
+
+    def _send_with(self, group: _Group, U: Tensor, loss: _Group, start: Tensor) -> None:  # U [V, *output]
+        """The same, and the loss gradient beside the others: it is one more of them."""
+        assert self.passage.output is not None
+        self.rode = True
+        loss.summed = frozenset(range(len(self.params)))
+        (g,) = gradients([start], [self._real(self.passage.output)], [None])
+        mine, its = _Reading(self, group), _Reading(self, loss)
+        V = len(U)
+        self._side_by_side(torch.cat([U, g.unsqueeze(0).to(U.dtype)]), [(mine, slice(0, V)), (its, slice(V, V + 1))])
+        mine.close()
+        its.close()
 
     def _one_by_one(self, U: Tensor, reading: _Reading) -> None:
         assert self.passage.output is not None
@@ -162,7 +183,7 @@ class Pass:
             G = rows[0][k].unsqueeze(0) if len(rows) == 1 else torch.stack([row[k] for row in rows])
             reading.meet(take, self.nodes[take.number], G)
 
-    def _side_by_side(self, U: Tensor, reading: _Reading) -> None:
+    def _side_by_side(self, U: Tensor, readings: Sequence[tuple[_Reading, slice]]) -> None:
         passage, nodes = self.passage, self.nodes
         assert passage.output is not None
         waiting = {passage.output: U}
@@ -170,12 +191,13 @@ class Pass:
             here = {e.nr: waiting.pop(e) for e in step.outs if e in waiting}
             if not here:
                 continue
-            take = step.take
+            node, take = nodes[step.number], step.take
             if take is not None and take.nr in here:
-                reading.meet(take, nodes[step.number], here[take.nr])
+                for reading, which in readings:
+                    reading.meet(take, node, here[take.nr] if len(readings) == 1 else here[take.nr][which])
             if not step.wanted:
                 continue
-            found = pull(nodes[step.number], here, step.wanted)
+            found = pull(node, here, step.wanted)
             for slot, below in zip(step.wanted, step.below, strict=True):
                 t = found[slot]
                 if t is not None:
@@ -215,10 +237,25 @@ class Pass:
                 if g is not None:
                     reading.meet(take, node, g.unsqueeze(0))
             reading.close()
+
+    def _free(self, start: Start) -> None:
+        """Nothing is left for the user's backward to do but to free the graph: it runs with nothing to carry."""
+        passage, nodes = self.passage, self.nodes
+        if start.retain or passage.output is None:
+            return
+        targets = [GradientEdge(nodes[take.number], take.nr) for take in passage.takes]
+        node = nodes[passage.output.node]
+        handle = node.register_prehook(lambda gradients: (None,) * len(gradients))
+        try:
+            torch.autograd.grad(start.tensors, targets, allow_unused=True)
+        finally:
+            handle.remove()
+
+    def _deliver(self) -> None:
         served = [k for k, t in enumerate(self.sums) if t is not None]
         sums = [self.sums[k] for k in served]
         self.sums.clear()
-        deliver([params[k] for k in served], sums)
+        deliver([self.params[k] for k in served], sums)
 
     def _by_engine(self, start: Start, group: _Group) -> list[int] | None:
         """The parameters whose own gradients autograd had better compute; None: all, as it would anyway."""
@@ -240,8 +277,8 @@ class Pass:
             elif each and cost.positions > 1 and entries <= CHUNK:
                 ours = entries / _ADDED
             elif cost.copies:
-                ours = theirs
-            if ours < theirs:
+                ours = theirs + 1
+            if ours <= theirs:
                 gain += theirs - ours
             else:
                 found.append(k)
