@@ -133,6 +133,11 @@ def ordered(
 def fit(grad: Tensor, edge: Edge, lead: int) -> Tensor:
     """What the engine does to a gradient before it hands it on: sum out broadcasting, cast. `lead` axes stay."""
     shape, dtype, _ = meta(edge)
+    return fitted(grad, shape, dtype, lead)
+
+
+def fitted(grad: Tensor, shape: torch.Size, dtype: torch.dtype, lead: int) -> Tensor:
+    """`fit`, to a tensor of this shape and type."""
     if grad.shape[lead:] != shape:
         extra = grad.dim() - lead - len(shape)
         axes = [lead + k for k in range(extra)]

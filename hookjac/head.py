@@ -124,9 +124,12 @@ class Bending(NamedTuple):
         at, out, output = name(self.at), name(self.out), name(self.output)
         return self._replace(at=at, out=out, output=output, chain=[name(e) for e in self.chain])
 
-    def form(self, loss: Tensor) -> Form:
-        """The second derivative there."""
-        (G,) = gradients([loss], [self.out], [None])
+    def form(self, loss: Tensor) -> tuple[Form, Tensor]:
+        """The second derivative there, and the loss gradient at the output."""
+        G, slope = gradients([loss], [self.out, self.output], [None])
+        return self._form(G), slope
+
+    def _form(self, G: Tensor) -> Form:
         if self.dim is not None:
             return _Softmax(self.out.node._saved_result.detach().exp(), -G.sum(self.dim, keepdim=True), self.dim)
         bend = Bend(self.out.node, {self.out.nr: G}, [self.at])
@@ -217,11 +220,12 @@ class Head:
     bending: Bending | None
     demand: Callable[[], None] = lambda: None
     form: Form | None = field(init=False, default=None)
+    slope: Tensor | None = field(init=False, default=None)  # the loss gradient at the one edge, where there is a form
     _dense: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.bending is not None:
-            self.form = self.bending.form(self.loss)
+            self.form, self.slope = self.bending.form(self.loss)
 
     @classmethod
     def of(cls, plan: Plan, edges: list[Edge]) -> Head:

@@ -20,14 +20,14 @@ from torch import nn
 from hookjac.curvature import cut
 from hookjac.described import Described, Structure
 from hookjac.explain import Explanation
-from hookjac.graph import Edge, Node
+from hookjac.graph import Edge, Node, meta
 from hookjac.head import Bending, bending
 from hookjac.plan import Plan, reachable
 from hookjac.roads import Roads, choose, piecewise_linear
 from hookjac.rule import NodeRule, node_rule
 from hookjac.samples import Layout
 from hookjac.uses import turns
-from hookjac.ways import ways
+from hookjac.ways import Way, ways
 
 _REMEMBERED = 32  # structures of one model: a last batch of another size, sequences of several lengths
 
@@ -62,15 +62,24 @@ class Take(NamedTuple):
     uses: tuple[Use, ...]
 
 
+class On(NamedTuple):
+    """By which input of a node columns go on, where to, and their shape and type there. way: the closed form, if all
+    inputs have one."""
+
+    slot: int
+    below: Numbered
+    way: Way | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Step(NamedTuple):
-    """A node on the way. `wanted`: by which of its inputs columns go on."""
+    """A node on the way."""
 
     number: int
     outs: tuple[Numbered, ...]
     take: Take | None
-    wanted: tuple[int, ...]
-    below: tuple[Numbered, ...]
-    by_way: bool  # there is a closed form for columns
+    on: tuple[On, ...]
 
 
 @dataclass(eq=False)
@@ -93,8 +102,8 @@ class Passage:
     alone: bool  # nothing but parameters that are served is differentiated
 
     def __post_init__(self) -> None:
-        self.odd = sum(bool(step.wanted) and not step.by_way for step in self.steps)
-        self.flops = sum(cost.flops for cost in self.costs)
+        self.odd = sum(any(on.way is None for on in step.on) for step in self.steps)
+        self.by_engine: dict[tuple[bool, bool, bool], list[int] | None] = {}  # whose gradients it had better compute
 
 
 def passage_of(plan: Plan, found: Described, tell: Callable[[Roads | None], Explanation]) -> Passage | None:
@@ -160,7 +169,9 @@ def _flat(plan: Plan, selected: Edge | None, splits: bool) -> Roads | None:
     return roads if set(roads.road.values()) <= {"columns"} else None
 
 
-def _steps(plan: Plan, selected: Edge, takes: Mapping[Node, Take], told: Callable[[Edge], Numbered]) -> tuple[Step, ...]:
+def _steps(
+    plan: Plan, selected: Edge, takes: Mapping[Node, Take], told: Callable[[Edge], Numbered]
+) -> tuple[Step, ...]:
     """All stations that columns pass or are seen at, as `Route.step` takes them."""
     route = plan.route
     both = (plan.through | plan.visit) & reachable(route, [route.key(selected)])
@@ -169,20 +180,14 @@ def _steps(plan: Plan, selected: Edge, takes: Mapping[Node, Take], told: Callabl
         if key not in both or route.leaf(key) is not None:
             continue
         closed = plan.uses.parted.get(key, ()) if key in plan.through else range(len(route.after[key]))
-        on = [
-            (k, e) for k, e in enumerate(route.after[key]) if e is not None and k not in closed and route.key(e) in both
-        ]
-        outs = tuple(told(e) for e in route.outs[key])
-        found.append(
-            Step(
-                told(Edge(key, 0)).node,
-                outs,
-                takes.get(key),
-                tuple(k for k, _ in on),
-                tuple(told(e) for _, e in on),
-                (known := ways(key)) is not None and known.keys() >= {k for k, _ in on},
-            )
-        )
+        after = [(k, e) for k, e in enumerate(route.after[key]) if e is not None and k not in closed]
+        after = [(k, e) for k, e in after if route.key(e) in both]
+        outs = route.outs[key]
+        known = ways(key) or {}
+        if not known.keys() >= {k for k, _ in after} or len(outs) > 1 or meta(outs[0])[1].is_complex:
+            known = {}
+        on = tuple(On(k, told(e), known.get(k), *meta(e)[:2]) for k, e in after)
+        found.append(Step(told(Edge(key, 0)).node, tuple(told(e) for e in outs), takes.get(key), on))
     return tuple(found)
 
 

@@ -28,7 +28,7 @@ from hookjac.described import Described
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor, Outer, share, total
 from hookjac.factor.metric import CHUNK
-from hookjac.graph import Edge, Held, Node, gradients, meta, pull
+from hookjac.graph import Edge, Held, Node, fitted, gradients, meta, pull
 from hookjac.head import Head, unit_columns
 from hookjac.limits import refuse_large_results, refuse_many_columns
 from hookjac.passage import Numbered, Passage, Take
@@ -83,6 +83,7 @@ class Pass:
         self.made: list[list[Any]] = [[None] * len(quantities) for _ in params]
         self.sums: list[Tensor | None] = [None] * len(params)
         self.rode = False  # the loss gradient went with other columns
+        self.slope: Tensor | None = None  # the loss gradient at the output, where somebody has worked it out
         for q in quantities:
             demand_samples(q, passage.N)
         if any(q.entries is not None for q in quantities):
@@ -131,6 +132,7 @@ class Pass:
                 sampled.setdefault(q.wish, []).append((k, q))
         bends = None if passage.bending is None else passage.bending.renamed(self._real)
         head = Head(loss, [at], [Layout(N)], N, bends) if curved or sampled else None
+        self.slope = None if head is None else head.slope
         if outs:
             rows = wanted_rows([(wish, self.quantities[k].name) for k, wish in outs.items()], passage.out_shape)
             (units,) = unit_columns([at], [Layout(N)], _zero(at))
@@ -168,7 +170,7 @@ class Pass:
         assert self.passage.output is not None
         self.rode = True
         loss.summed = frozenset(range(len(self.params)))
-        (g,) = gradients([start], [self._real(self.passage.output)], [None])
+        (g,) = gradients([start], [self._real(self.passage.output)], [None]) if self.slope is None else (self.slope,)
         mine, its = _Reading(self, group), _Reading(self, loss)
         V = len(U)
         self._side_by_side(torch.cat([U, g.unsqueeze(0).to(U.dtype)]), [(mine, slice(0, V)), (its, slice(V, V + 1))])
@@ -187,19 +189,24 @@ class Pass:
         passage, nodes = self.passage, self.nodes
         assert passage.output is not None
         waiting = {passage.output: U}
-        for step in passage.steps:
-            here = {e.nr: waiting.pop(e) for e in step.outs if e in waiting}
+        for number, outs, take, on in passage.steps:
+            here = {e.nr: waiting.pop(e) for e in outs if e in waiting}
             if not here:
                 continue
-            node, take = nodes[step.number], step.take
+            node = nodes[number]
             if take is not None and take.nr in here:
+                G = here[take.nr]
                 for reading, which in readings:
-                    reading.meet(take, node, here[take.nr] if len(readings) == 1 else here[take.nr][which])
-            if not step.wanted:
-                continue
-            found = pull(node, here, step.wanted)
-            for slot, below in zip(step.wanted, step.below, strict=True):
-                t = found[slot]
+                    reading.meet(take, node, G if len(readings) == 1 else G[which])
+            if on and on[0].way is None:
+                found = pull(node, here, [k for k, *_ in on])
+                made = [(below, found[k]) for k, below, *_ in on]
+            else:
+                made = [
+                    (below, fitted(way(node, here[0], shape), shape, dtype, 1)) for _, below, way, shape, dtype in on
+                ]
+            del here
+            for below, t in made:
                 if t is not None:
                     waiting[below] = waiting[below] + t if below in waiting else t
 
@@ -265,13 +272,20 @@ class Pass:
             return None
         if any(p._backward_hooks or not p.is_contiguous() for p in params):
             return None
-        rate = _FASTER if gemm.faster(_LARGE, params[0].detach()) else _PRODUCT
+        fast = gemm.faster(_LARGE, params[0].detach())
         each, whole = any(q.each is not None for _, q in group.asked), any(q.whole for _, q in group.asked)
-        found, gain = [], -_DELIVERY - _FOR_EACH * len(params)
-        for k, (p, cost) in enumerate(zip(params, passage.costs, strict=True)):
+        known = passage.by_engine
+        if (fast, each, whole) not in known:
+            known[fast, each, whole] = self._slower(fast, each, whole)
+        return known[fast, each, whole]
+
+    def _slower(self, fast: bool, each: bool, whole: bool) -> list[int] | None:
+        """The parameters for which our sum would take longer than autograd's gradient; None: all in all, it would."""
+        found, gain = [], -_DELIVERY - _FOR_EACH * len(self.params)
+        for k, (p, cost) in enumerate(zip(self.params, self.passage.costs, strict=True)):
             theirs = cost.flops / (_CONVOLVED if cost.copies else _PRODUCT)
-            entries = passage.N * p.numel()
-            ours = cost.flops / rate
+            entries = self.passage.N * p.numel()
+            ours = cost.flops / (_FASTER if fast else _PRODUCT)
             if whole:
                 ours = 0.0
             elif each and cost.positions > 1 and entries <= CHUNK:

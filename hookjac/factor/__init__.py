@@ -82,19 +82,16 @@ def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
 
 def share(found: Iterable[Factor], G: Tensor) -> None:
     """Let factors of one layer, made of its columns G [V, N, o] themselves, work out once what they have in common."""
-    parts: list[Dense | Outer] = []
+    if G.dim() != 3:
+        return
+    source = None
     for factor in found:
         if isinstance(factor, Dense):
             same = factor.t is G
         else:
             same = isinstance(factor, Outer) and factor.g.numel() == G.numel() and factor.g.data_ptr() == G.data_ptr()
-        if same and G.dim() == 3:
-            assert isinstance(factor, (Dense, Outer))
-            parts.append(factor)
-    if len(parts) > 1:
-        source = Columns(G)
-        for part in parts:
-            part.source = source
+        if same and isinstance(factor, (Dense, Outer)):
+            source = factor.source = source or Columns(G)
 
 
 def total(found: Sequence[Factor]) -> Factor:

@@ -148,8 +148,11 @@ def inner(X: Tensor, Y: Tensor, scale: float = 1.0) -> Tensor:  # [..., L, d], [
     d, e = X.shape[-1], Y.shape[-1]
     if X.dim() > 2 and X.shape[-2] > 1 and X.stride(-2) == 1 and Y.stride(-2) == 1:  # positions lie side by side
         return _inner_turned(X, X if Y is X else Y, scale)
-    X = X.reshape(-1, d)
-    return gemm.mm((X if scale == 1 else X * scale).T, Y.reshape(-1, e), room((d, e), X, Y))
+    left = X.reshape(-1, d).T
+    if scale != 1:
+        into = None if torch.is_grad_enabled() and X.requires_grad else X.new_empty(left.shape)
+        left = torch.mul(left, scale, out=into)
+    return gemm.mm(left, Y.reshape(-1, e), room((d, e), X, Y))
 
 
 def _inner_turned(X: Tensor, Y: Tensor, scale: float) -> Tensor:
