@@ -199,8 +199,8 @@ class Pass:
                 for reading, which in readings:
                     reading.meet(take, node, G if len(readings) == 1 else G[which])
             if on and on[0].way is None:
-                found = pull(node, here, [k for k, *_ in on])
-                made = [(below, found[k]) for k, below, *_ in on]
+                found = pull(node, here, [o.slot for o in on])
+                made = [(o.below, found[o.slot]) for o in on]
             else:
                 made = [
                     (below, fitted(way(node, here[0], shape), shape, dtype, 1)) for _, below, way, shape, dtype in on

@@ -22,11 +22,12 @@ class Peak:
 
     def __exit__(self, *exc: Any) -> None:
         self._profile.__exit__(*exc)
-        alive = 0
+        alive = lowest = 0  # what an earlier step left may be freed in this one: count from there
         for event in self._profile.profiler.kineto_results.events():  # type: ignore[union-attr]
             if event.name() == "[memory]":
                 alive += event.nbytes()
-                self.bytes = max(self.bytes, alive)
+                lowest = min(lowest, alive)
+                self.bytes = max(self.bytes, alive - lowest)
         # regions of our own are not PyTorch's to see. Both peaks at once: an upper bound
         self.bytes += memory._POOL.most - self._start
         assert self.bytes > 0
