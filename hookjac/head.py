@@ -59,8 +59,11 @@ class _Softmax:
         S = diag √p - p √pᵀ has S Sᵀ = diag p - p pᵀ.
         """
         e = e * self.p.sqrt()
-        u = (e - self.p * e.sum(self.dim + 1, keepdim=True)) * self.scale.abs().sqrt()
-        return u, None if bool((self.scale >= 0).all()) else u * self.scale.sign()
+        u = torch.addcmul(e, self.p, e.sum(self.dim + 1, keepdim=True), value=-1)
+        if bool((self.scale >= 0).all()):
+            return u.mul_(self.scale.sqrt()), None
+        u = u * self.scale.abs().sqrt()
+        return u, u * self.scale.sign()
 
     def rows(self) -> tuple[Tensor, Tensor] | None:
         """Of one softmax for each sample: the fewest columns [C - 1, N, C], and what each sample's weigh [N]: its sign.
@@ -318,7 +321,8 @@ class Head:
 
 def _signs(shape: tuple[int, ...], like: Tensor, wish: Sampled) -> Tensor:
     device = wish.generator.device if wish.generator is not None else like.device
-    return torch.randint(0, 2, shape, generator=wish.generator, device=device).to(like) * 2 - 1
+    drawn = torch.randint(0, 2, shape, generator=wish.generator, device=device).to(like)
+    return drawn.mul_(2).sub_(1)
 
 
 def _metric(K: int, N: int, like: Tensor, *, paired: bool) -> Tensor:

@@ -198,13 +198,12 @@ class Pass:
                 G = here[take.nr]
                 for reading, which in readings:
                     reading.meet(take, node, G if len(readings) == 1 else G[which])
-            if on and on[0].way is None:
+            made: list[tuple[Edge, Tensor | None]] = [
+                (o.below, fitted(o.way(node, here[0], o.shape), o.shape, o.dtype, 1)) for o in on if o.way is not None
+            ]
+            if len(made) < len(on):  # all have one, or none
                 found = pull(node, here, [o.slot for o in on])
                 made = [(o.below, found[o.slot]) for o in on]
-            else:
-                made = [
-                    (below, fitted(way(node, here[0], shape), shape, dtype, 1)) for _, below, way, shape, dtype in on
-                ]
             del here
             for below, t in made:
                 if t is not None:
@@ -248,11 +247,10 @@ class Pass:
     def _free(self, start: Start) -> None:
         """Nothing is left for the user's backward to do but to free the graph: it runs with nothing to carry."""
         passage, nodes = self.passage, self.nodes
-        if start.retain or passage.output is None:
+        if start.retain:
             return
         targets = [GradientEdge(nodes[take.number], take.nr) for take in passage.takes]
-        node = nodes[passage.output.node]
-        handle = node.register_prehook(lambda gradients: (None,) * len(gradients))
+        handle = nodes[0].register_prehook(lambda gradients: (None,) * len(gradients))
         try:
             torch.autograd.grad(start.tensors, targets, allow_unused=True)
         finally:

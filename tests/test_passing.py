@@ -1,4 +1,4 @@
-"""Gradients of single samples, read while the user's own backward passes: the same numbers, whatever changes in between."""
+"""Gradients of single samples, read as the user's own backward passes: the same numbers, whatever changes between."""
 
 from __future__ import annotations
 

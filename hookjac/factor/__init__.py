@@ -86,10 +86,10 @@ def share(found: Iterable[Factor], G: Tensor) -> None:
         return
     source = None
     for factor in found:
-        if isinstance(factor, Dense):
-            same = factor.t is G
+        if isinstance(factor, Dense) and factor.t is G:
+            same = True
         else:
-            same = isinstance(factor, Outer) and factor.g.numel() == G.numel() and factor.g.data_ptr() == G.data_ptr()
+            same = isinstance(factor, Outer) and factor.of_one_position(G)
         if same and isinstance(factor, (Dense, Outer)):
             source = factor.source = source or Columns(G)
 

@@ -150,8 +150,7 @@ def inner(X: Tensor, Y: Tensor, scale: float = 1.0) -> Tensor:  # [..., L, d], [
         return _inner_turned(X, X if Y is X else Y, scale)
     left = X.reshape(-1, d).T
     if scale != 1:
-        into = None if torch.is_grad_enabled() and X.requires_grad else X.new_empty(left.shape)
-        left = torch.mul(left, scale, out=into)
+        left = left * scale
     return gemm.mm(left, Y.reshape(-1, e), room((d, e), X, Y))
 
 

@@ -330,6 +330,12 @@ class Outer:
         a = self.a if Q_A is None else torch.einsum("nbli,bij->nblj", self.a, Q_A)
         return replace(self, g=torch.einsum("vnblo,bop->vnblp", self.g.to(Q_B.dtype), Q_B), inputs=a)
 
+    def of_one_position(self, G: Tensor) -> bool:
+        """Are its columns the tensor G [V, N, o] itself? With several positions that are samples elsewhere, they are a
+        view of it, but no metric of samples fits that."""
+        g = self.g
+        return g.shape == (G.shape[0], G.shape[1], 1, 1, G.shape[2]) and g.data_ptr() == G.data_ptr()
+
     def alike(self, other: Outer) -> bool:
         """Do both lay the parameter out in the same way, so that positions can be put side by side?"""
         mine, its = self.g, other.g
