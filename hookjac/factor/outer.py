@@ -331,10 +331,11 @@ class Outer:
         return replace(self, g=torch.einsum("vnblo,bop->vnblp", self.g.to(Q_B.dtype), Q_B), inputs=a)
 
     def of_one_position(self, G: Tensor) -> bool:
-        """Are its columns the tensor G [V, N, o] itself? With several positions that are samples elsewhere, they are a
-        view of it, but no metric of samples fits that."""
+        """Are its columns the tensor G [V, N, o] itself? Not so if positions are samples elsewhere, or axes swapped."""
         g = self.g
-        return g.shape == (G.shape[0], G.shape[1], 1, 1, G.shape[2]) and g.data_ptr() == G.data_ptr()
+        if g.shape != (G.shape[0], G.shape[1], 1, 1, G.shape[2]) or g.data_ptr() != G.data_ptr():
+            return False
+        return (g.stride(0), g.stride(1), g.stride(4)) == G.stride()
 
     def alike(self, other: Outer) -> bool:
         """Do both lay the parameter out in the same way, so that positions can be put side by side?"""
