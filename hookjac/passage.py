@@ -99,7 +99,7 @@ class Passage:
     output: Numbered | None  # the selected output, if there is one and it is met
     bending: Bending | None  # how the loss bends in it, where a closed form says
     splits: bool  # the loss splits into a loss of that output and a network
-    alone: bool  # nothing but parameters that are served is differentiated
+    alone: bool  # nothing but parameters that are served is differentiated, and no gradient is sparse
 
     def __post_init__(self) -> None:
         self.odd = sum(any(on.way is None for on in step.on) for step in self.steps)
@@ -207,7 +207,9 @@ def _cost(plan: Plan, p: int) -> Cost:
 
 
 def _alone(plan: Plan, found: Described) -> bool:
-    """Does the graph lead to no leaf but parameters that are served?"""
+    """Does the graph lead to no leaf but parameters that are served, all of whose gradients are dense?"""
+    if any(getattr(node, "_saved_sparse", False) for node in found.nodes):  # optimizers rely on it: autograd's own
+        return False
     leaves = [leaf for node in found.nodes if (leaf := Edge(node, 0).leaf) is not None]
     return all(id(leaf) in plan.names and plan.uses.of.get(id(leaf)) for leaf in leaves)
 

@@ -299,6 +299,21 @@ def test_parameters_in_other_memory(how: str, chosen: Chosen) -> None:
                 assert p.grad.stride() == q.grad.stride(), (name, key)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_stay_sparse(kind: Any, sparse: bool, ours: Chosen) -> None:
+    bag = kind is nn.EmbeddingBag
+    table = kind(5, 3, sparse=sparse, mode="sum") if bag else kind(5, 3, sparse=sparse)
+    model, x = nn.Sequential(table, nn.Flatten(), nn.Linear(3 if bag else 9, C)), torch.randint(5, (N, 3))
+    wanted = plain(model, x)
+    assert wanted["0.weight"].is_sparse == sparse
+    for asked in (("grad_var",), ("grad_sample", "ggn_diag")):
+        model.zero_grad()
+        with extend(model, *asked):
+            loss(model(x)).backward()
+        same(model, wanted)
+
+
 def test_leaves_that_are_not_served(chosen: Chosen) -> None:
     """The input's gradient, and that of a tensor of the user's, arrive as ever."""
     model, x, shift = mlp(nn.ReLU), torch.randn(N, D).requires_grad_(), torch.randn(C).requires_grad_()
