@@ -177,3 +177,91 @@ def test_too_large_for_anything_but_products_is_said() -> None:
     ids = torch.randint(words, (2, length))
     with pytest.raises(HookjacError, match=r"2 x 32000 x 32000 entries.*ggn_mp"), extend(model, "ggn_diag_mc"):
         model(ids).softmax(2).square().sum().backward()
+
+
+# The root of a softmax's Hessian -----------------------------------------------------------------------------------
+
+
+def softmaxes(k: int) -> dict[str, Tensor]:  # logits [5, k]
+    far = torch.randn(5, k)
+    one_hot = -1e4 * torch.ones(5, k)
+    one_hot[torch.arange(5), torch.arange(5) % k] = 1e4
+    sure = torch.zeros(5, k)
+    sure[torch.arange(5), torch.arange(5) % k] = 28.0 + torch.arange(5)  # within 1e-12 of one
+    return {
+        "usual": far,
+        "sure": sure,
+        "certain": one_hot,
+        "all alike": torch.zeros(5, k),
+        "two alike, the others out": torch.where(torch.arange(k) < 2, 0.0, -1e4).expand(5, k).clone(),
+        "far apart": 30 * far,
+    }
+
+
+SCALES = {
+    "mean": torch.full((5,), 0.2),
+    "negative": torch.full((5,), -0.2),
+    "weights": torch.tensor([0.5, 0.0, 2.0, 1e-3, 7.0]),
+    "both": torch.tensor([0.5, 0.0, -2.0, 1e-3, -7.0]),
+    "nothing": torch.zeros(5),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("kind", softmaxes(2))
+@pytest.mark.parametrize("k", [2, 3, 10])
+def test_the_fewest_columns(k: int, kind: str, scale: str) -> None:
+    """C - 1 of them, whose second moment is diag p - p pT of each sample to rounding, however sure of itself."""
+    p, s = softmaxes(k)[kind].softmax(1), SCALES[scale].double()
+    found = head._Softmax(p, s.unsqueeze(1), 1).rows()
+    assert found is not None
+    u, weights = found
+    assert u.shape == (k - 1, 5, k)
+    for n in range(5):
+        wanted = torch.zeros(k, k)
+        for a in range(k):
+            rest = p[n].sum() - p[n, a] if p[n, a] < 0.5 else p[n, torch.arange(k) != a].sum()
+            for b in range(k):
+                wanted[a, b] = p[n, a] * rest if a == b else -p[n, a] * p[n, b]
+        root = u[:, n]
+        assert root.isfinite().all()
+        moment = sum(torch.outer(row, row) for row in root) * weights[n].sign()
+        torch.testing.assert_close(
+            moment, s[n] * wanted, rtol=1e-13, atol=1e-15 * float(s[n].abs() * wanted.abs().max())
+        )
+    assert head._Softmax(p[:, :1], s.unsqueeze(1), 1).rows() is None, "one class: nothing to be unsure of"
+    assert head._Softmax(p[None], s.view(1, 5, 1), 2).rows() is None, "rows that are no samples"
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda z, y: F.cross_entropy(z, y),
+    "times minus one": lambda z, y: -1 * F.cross_entropy(z, y),
+    "for each sample": lambda z, y: F.cross_entropy(z, y, reduction="none") @ SCALES["weights"].double(),
+    "of both signs": lambda z, y: F.cross_entropy(z, y, reduction="none") @ SCALES["both"].double(),
+    "ignored": lambda z, y: F.cross_entropy(z, torch.where(torch.arange(5) % 2 == 0, y, -100)),
+    "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.3),
+    "classes": lambda z, y: F.cross_entropy(z, y, torch.arange(1.0, z.shape[1] + 1) % 3),
+    "classes, smoothed, ignored": lambda z, y: F.cross_entropy(
+        z, torch.where(torch.arange(5) > 0, y, -100), torch.arange(1.0, z.shape[1] + 1), label_smoothing=0.1),
+    "sure": lambda z, y: F.cross_entropy(30 * z, y),
+    "certain": lambda z, y: F.cross_entropy(1e6 * z, y),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_models_that_are_sure_of_themselves(k: int, name: str) -> None:
+    """At every step by loops: planned anew, and as known."""
+    model = nn.Sequential(nn.Linear(D, 4), nn.ReLU(), nn.Linear(4, k))
+    x, y = torch.randn(5, D), torch.arange(5) % k
+    loss = lambda z: WEIGHTS[name](z, y)
+    wanted = expected(model, lambda: model(x), loss, hessian=False)
+    for asked in (("ggn_diag",), ("ggn_diag", "hess_diag"), ("ggn_diag", "jac", "grad_sample")):
+        with extend(model, *asked, KFAC(fisher="exact")):
+            loss(model(x)).backward()
+        for key, p in trainable(model).items():
+            for q in asked:
+                right = wanted[key]["ggn_diag" if q == "hess_diag" else q]  # piecewise linear
+                close(getattr(p, q), right, (key, q), rtol=1e-9)
+        B = model[2].bias.kfac.B.diagonal()  # type: ignore[union-attr,operator]
+        close(B, wanted["2.bias"]["ggn_diag"], "kfac", rtol=1e-9)
