@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 import hookjac
 from hookjac import rule
+from hookjac.engine import Walk
 
+extend_ = sys.modules[hookjac.extend.__module__]
 QUANTITIES = ("grad_sample", "jac", "ggn_diag", "hess_diag")
 
 
@@ -28,6 +31,21 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def functional(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rule for a module: layers are recognised by the nodes they leave, as functional code is."""
     monkeypatch.setattr(rule, "_RULES", {})
+
+
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """No structure is remembered, so that module rules and the walk serve every step. Counts the walks."""
+    counted: list[int] = []
+    real = Walk.run
+
+    def run(self: Walk) -> Any:
+        counted.append(1)
+        return real(self)
+
+    monkeypatch.setattr(extend_, "describe", lambda *_: None)
+    monkeypatch.setattr(Walk, "run", run)
+    return counted
 
 
 def prepare(
@@ -50,7 +68,7 @@ def prepare(
     return model, run, pick
 
 
-def compare(case: Case, quantities: tuple[Any, ...] = QUANTITIES, seed: int = 0) -> hookjac.extend:
+def compare(case: Case, quantities: tuple[Any, ...] = QUANTITIES, seed: int = 0, times: int = 1) -> hookjac.extend:
     model, run, pick = prepare(case, seed)
     loss = case.loss or random_loss
     if case.oracle is None:
@@ -58,8 +76,10 @@ def compare(case: Case, quantities: tuple[Any, ...] = QUANTITIES, seed: int = 0)
     else:
         other, run_other, _ = prepare(case, seed, case.oracle)
         wanted = expected(other, lambda: pick(run_other()), loss)
-    with hookjac.extend(model, *quantities, output=case.output) as ext:
-        loss(pick(run())).backward()
+    for _ in range(times):
+        model.zero_grad()
+        with hookjac.extend(model, *quantities, output=case.output) as ext:
+            loss(pick(run())).backward()
     names = [q if isinstance(q, str) else q.name for q in quantities]
     for name, p in trainable(model).items():
         if p.grad is not None:
@@ -94,6 +114,23 @@ def test_exact_without_rules(case: Case) -> None:
 @pytest.mark.usefixtures("functional")
 def test_exact_as_functional_code(case: Case) -> None:
     compare(case, QUANTITIES if case.oracle is None else ("grad_sample", "jac", "ggn_diag"))
+
+
+@pytest.mark.parametrize("asked", [("grad_sample", "jac"), ("ggn_diag",)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_exact_on_the_walk(case: Case, asked: tuple[str, ...], walked: list[int]) -> None:
+    """What a passage would serve."""
+    ext = compare(case, asked, times=2)
+    assert len(walked) == 2
+    if case.road is not None:
+        assert {row.road for row in ext.explain().rows} == {case.road}, ext.explain()
+
+
+@pytest.mark.parametrize("asked", [("grad_sample", "jac", "ggn_diag"), ("hess_diag",)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_exact_again(case: Case, asked: tuple[str, ...]) -> None:
+    """The third step, by what was learned at the first."""
+    compare(case, asked, times=3)
 
 
 @pytest.mark.parametrize("road", ["columns", "features", "entries"])
