@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import C, D, Fn, N
+from cases import C, D, Fn, N, par
 from oracle import close, expected, trainable
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from hookjac import extend
+from hookjac import extend, passing
 from hookjac.passage import known
 
 Y = torch.tensor([0, 2, 1, 1, 0, 2])
@@ -212,6 +212,55 @@ def test_axes_of_one_size(asked: tuple[str, ...]) -> None:
     model = Fn(way, a=nn.Linear(D, 4), b=nn.Linear(4, C))
     for first[0] in (False, False, True, True, False):
         stepped(model, torch.randn(N, N, D), entropy, asked, first[0])
+
+
+def _order(m: Any, x: Tensor, k: int) -> Tensor:
+    return (m.b(m.a(x).tanh()) if k else m.a(m.b(x).tanh()))[:, :C]  # type: ignore[no-any-return]
+
+
+def _wires(m: Any, x: Tensor, k: int) -> Tensor:
+    u, v, w = m.a(x), m.b(x), m.c(x)
+    return ((u + v) + ((v if k else u) + w))[:, :C]  # type: ignore[no-any-return]
+
+
+def _halves(m: Any, x: Tensor, k: int) -> Tensor:
+    parts = m.d(x).chunk(2, 1)
+    return parts[k] * 2  # type: ignore[no-any-return]
+
+
+def _axes(m: Any, x: Tensor, k: int) -> Tensor:  # x [D, D, D]: samples lie where the permutation has put them
+    order = ((0, 1, 2), (1, 0, 2), (0, 2, 1))[k]
+    return m.b(m.a(x).permute(order)).permute(order).sum(1)[:, :C]  # type: ignore[no-any-return]
+
+
+SAME_NODES: dict[str, tuple[Callable[[Any, Tensor, int], Tensor], Callable[[int], Tensor]]] = {
+    "layers in another order": (_order, lambda k: torch.randn(N, D)),
+    "other wires": (_wires, lambda k: torch.randn(N, D)),
+    "the other half": (_halves, lambda k: torch.randn(N, D)),
+    "a weight transposed or not": (
+        lambda m, x, k: (x @ m.w.transpose(0, k)).tanh()[:, :C],
+        lambda k: torch.randn(N, D),
+    ),
+    "axes": (_axes, lambda k: torch.randn(D, D, D)),
+    "samples": (lambda m, x, k: (x * m.s).tanh(), lambda k: torch.randn(2 + k, C)),
+}
+
+
+@pytest.mark.parametrize("asked", [*ASKED, ("ggn_diag", "jac", "grad_sample")], ids=str)
+@pytest.mark.parametrize("name", SAME_NODES)
+@pytest.mark.parametrize("engine", [0.0, 1e9])
+def test_the_same_nodes_otherwise(
+    name: str, asked: tuple[str, ...], engine: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of the same nodes in the same order, told apart by wires, by numbers and by what nodes saved; by autograd's engine, or side by side."""
+    monkeypatch.setattr(passing, "_IN_ENGINE", engine)
+    way, data = SAME_NODES[name]
+    turn = [0]
+    parts = {key: nn.Linear(D, D) for key in "abc"}
+    model = Fn(lambda m, x: way(m, x, turn[0]), **parts, d=nn.Linear(D, 2 * C), w=par(D, D), s=par(C))
+    for turn[0] in (0, 1, 0, 1, 2 if name in ("axes", "samples") else 0, 1):
+        stepped(model, data(turn[0]), lambda o: o.sin().square().sum() + (o[:, 0] * 0.3).sum(), asked, turn[0])
+        stepped(model, data(turn[0]), entropy, asked, turn[0])
 
 
 @pytest.mark.parametrize("asked", ASKED, ids=str)
