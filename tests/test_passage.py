@@ -252,7 +252,7 @@ SAME_NODES: dict[str, tuple[Callable[[Any, Tensor, int], Tensor], Callable[[int]
 def test_the_same_nodes_otherwise(
     name: str, asked: tuple[str, ...], engine: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs of the same nodes in the same order, told apart by wires, by numbers and by what nodes saved; by autograd's engine, or side by side."""
+    """Graphs of the same nodes in the same order, told apart by wires, numbers and what was saved; sent either way."""
     monkeypatch.setattr(passing, "_IN_ENGINE", engine)
     way, data = SAME_NODES[name]
     turn = [0]
