@@ -215,3 +215,16 @@ def test_cross_entropy_on_a_deep_net() -> None:
         for key, p in trainable(model).items():
             close(p.hess_diag, wanted[key]["hess_diag"], (key, road))  # type: ignore[attr-defined]
             close(p.ggn_diag, wanted[key]["ggn_diag"], (key, road))  # type: ignore[attr-defined]
+
+
+def test_gathered_where_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block at the output has the loss's own Hessian in it, which others still need."""
+    model, x = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C), nn.Tanh()), torch.randn(N, D)
+    wanted = expected(model, lambda: model(x), random_loss)
+    for at in ((), (0,), (1,), (0, 1), (0, 1, 2)):
+        monkeypatch.setattr(gathering, "best", lambda *args, at=at: forced(at, [], *args))
+        with extend(model, HessDiag(road="columns"), "ggn_diag", "jac"):
+            random_loss(model(x)).backward()
+        for key, p in trainable(model).items():
+            for q in ("hess_diag", "ggn_diag", "jac"):
+                close(getattr(p, q), wanted[key][q], (at, key, q))
