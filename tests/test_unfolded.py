@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hookjac import KFAC, extend
 from hookjac.factor import Outer, Unfolded, unfolded
 
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 N = 3
 EPS = torch.finfo(torch.float32).eps
 
