@@ -3,6 +3,7 @@
 python -m benchmarks                    all, into benchmarks/results/<device>.json
 python -m benchmarks -k "mlp and jac"   some, printed only
 python -m benchmarks --show             the committed results again
+python -m benchmarks --growth           how time and memory grow (benchmarks.growth)
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import report
+from benchmarks import growth, report
 
 HERE = Path(__file__).resolve().parent
+RESULTS, PICTURES, PAGE = HERE / "results", HERE.parent / "docs" / "pictures", HERE.parent / "docs" / "performance.md"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "backpack-for-pytorch", "opacus", "transformers", "hookjac")
 
 
@@ -28,7 +31,8 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((li.split(":")[1].strip() for li in info.read_text().splitlines() if "model name" in li), cpu)
-    found = {"cpu": f"{cpu}, {torch.get_num_threads()} threads", "python": platform.python_version()}
+    threads = torch.get_num_threads()
+    found = {"cpu": f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", "python": platform.python_version()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
@@ -54,15 +58,30 @@ def timed(selection: str | None) -> report.Results:
 
 @click.command(help=__doc__)
 @click.option("-k", "selection", help="Which cells, as pytest's -k has it; these are printed, not written.")
+@click.option("--growth", "grows", is_flag=True, help="Exponents of time and memory, instead of the table.")
 @click.option("--show", is_flag=True, help="Print the committed results and draw them again; nothing is timed.")
-def main(selection: str | None, show: bool) -> None:
-    path = HERE / "results" / ("cuda.json" if torch.cuda.is_available() else "cpu.json")
+def main(selection: str | None, grows: bool, show: bool) -> None:
+    if grows:
+        if selection is not None:
+            raise click.UsageError("-k picks cells of the table; --growth has none")
+        return growing(show)
+    path = RESULTS / f"{DEVICE}.json"
     results = report.load(path) if show else timed(selection)
     report.print_table(results)
     if selection is None:
         report.save(results, path)
-        report.draw(results, HERE.parent / "docs" / "pictures" / f"speed-{path.stem}.png")
-        report.write_page(results, HERE.parent / "docs" / "performance.md")
+        report.draw(results, PICTURES / f"speed-{DEVICE}.png")
+        report.write_page(results, PAGE)
+
+
+def growing(show: bool) -> None:
+    torch.set_num_threads(1)  # it is the work that grows; threads that wait for each other tell of who else is running
+    path = RESULTS / f"growth-{DEVICE}.json"
+    found = growth.load(path) if show else growth.Growth(machine(), growth.all_curves())
+    growth.print_table(found)
+    growth.save(found, path)
+    growth.draw(found, PICTURES / "growth.png")
+    growth.write_page(found, PAGE)
 
 
 if __name__ == "__main__":
