@@ -4,6 +4,7 @@ python -m benchmarks                    all, into benchmarks/results/<device>.js
 python -m benchmarks -k "mlp and jac"   some, printed only
 python -m benchmarks --show             the committed results again
 python -m benchmarks --growth           how time and memory grow (benchmarks.growth)
+python -m benchmarks --profile          what the dearest cells spend their time on (benchmarks.profiles)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import growth, report
+from benchmarks import growth, profiles, report
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PICTURES, PAGE = HERE / "results", HERE.parent / "docs" / "pictures", HERE.parent / "docs" / "performance.md"
@@ -59,12 +60,17 @@ def timed(selection: str | None) -> report.Results:
 @click.command(help=__doc__)
 @click.option("-k", "selection", help="Which cells, as pytest's -k has it; these are printed, not written.")
 @click.option("--growth", "grows", is_flag=True, help="Exponents of time and memory, instead of the table.")
+@click.option("--profile", "profiled", is_flag=True, help="Shares of the dearest cells' time, instead of the table.")
 @click.option("--show", is_flag=True, help="Print the committed results and draw them again; nothing is timed.")
-def main(selection: str | None, grows: bool, show: bool) -> None:
+def main(selection: str | None, grows: bool, profiled: bool, show: bool) -> None:
+    if (selection is not None) + grows + profiled > 1:
+        raise click.UsageError("-k, --growth and --profile exclude each other: only the table has cells to pick")
     if grows:
-        if selection is not None:
-            raise click.UsageError("-k picks cells of the table; --growth has none")
         return growing(show)
+    if profiled:
+        return profiling(show)
+    if selection is not None and show:
+        raise click.UsageError("--show prints all cells; -k is for timing some")
     path = RESULTS / f"{DEVICE}.json"
     results = report.load(path) if show else timed(selection)
     report.print_table(results)
@@ -82,6 +88,16 @@ def growing(show: bool) -> None:
     growth.save(found, path)
     growth.draw(found, PICTURES / "growth.png")
     growth.write_page(found, PAGE)
+
+
+def profiling(show: bool) -> None:
+    if DEVICE != "cpu":
+        raise click.ClickException("--profile tells what the CPU does; here the work is the GPU's")
+    path = RESULTS / "profiles-cpu.json"
+    found = profiles.load(path) if show else profiles.all_profiles(report.load(RESULTS / "cpu.json"), machine())
+    profiles.print_table(found)
+    profiles.save(found, path)
+    profiles.write_page(found, PAGE)
 
 
 if __name__ == "__main__":
