@@ -3,6 +3,8 @@
 python -m benchmarks                    all, into benchmarks/results/<device>.json
 python -m benchmarks -k "mlp and jac"   some, printed only
 python -m benchmarks --show             the committed results again
+python -m benchmarks --growth           how time and memory grow (benchmarks.growth)
+python -m benchmarks --profile          what the dearest cells spend their time on (benchmarks.profiles)
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import report
+from benchmarks import growth, profiles, report
 
 HERE = Path(__file__).resolve().parent
+RESULTS, PICTURES, PAGE = HERE / "results", HERE.parent / "docs" / "pictures", HERE.parent / "docs" / "performance.md"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "backpack-for-pytorch", "opacus", "transformers", "hookjac")
 
 
@@ -28,7 +32,8 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((li.split(":")[1].strip() for li in info.read_text().splitlines() if "model name" in li), cpu)
-    found = {"cpu": f"{cpu}, {torch.get_num_threads()} threads", "python": platform.python_version()}
+    threads = torch.get_num_threads()
+    found = {"cpu": f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", "python": platform.python_version()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
@@ -54,15 +59,45 @@ def timed(selection: str | None) -> report.Results:
 
 @click.command(help=__doc__)
 @click.option("-k", "selection", help="Which cells, as pytest's -k has it; these are printed, not written.")
+@click.option("--growth", "grows", is_flag=True, help="Exponents of time and memory, instead of the table.")
+@click.option("--profile", "profiled", is_flag=True, help="Shares of the dearest cells' time, instead of the table.")
 @click.option("--show", is_flag=True, help="Print the committed results and draw them again; nothing is timed.")
-def main(selection: str | None, show: bool) -> None:
-    path = HERE / "results" / ("cuda.json" if torch.cuda.is_available() else "cpu.json")
+def main(selection: str | None, grows: bool, profiled: bool, show: bool) -> None:
+    if (selection is not None) + grows + profiled > 1:
+        raise click.UsageError("-k, --growth and --profile exclude each other: only the table has cells to pick")
+    if grows:
+        return growing(show)
+    if profiled:
+        return profiling(show)
+    if selection is not None and show:
+        raise click.UsageError("--show prints all cells; -k is for timing some")
+    path = RESULTS / f"{DEVICE}.json"
     results = report.load(path) if show else timed(selection)
     report.print_table(results)
     if selection is None:
         report.save(results, path)
-        report.draw(results, HERE.parent / "docs" / "pictures" / f"speed-{path.stem}.png")
-        report.write_page(results, HERE.parent / "docs" / "performance.md")
+        report.draw(results, PICTURES / f"speed-{DEVICE}.png")
+        report.write_page(results, PAGE)
+
+
+def growing(show: bool) -> None:
+    torch.set_num_threads(1)  # it is the work that grows; threads that wait for each other tell of who else is running
+    path = RESULTS / f"growth-{DEVICE}.json"
+    found = growth.load(path) if show else growth.Growth(machine(), growth.all_curves())
+    growth.print_table(found)
+    growth.save(found, path)
+    growth.draw(found, PICTURES / "growth.png")
+    growth.write_page(found, PAGE)
+
+
+def profiling(show: bool) -> None:
+    if DEVICE != "cpu":
+        raise click.ClickException("--profile tells what the CPU does; here the work is the GPU's")
+    path = RESULTS / "profiles-cpu.json"
+    found = profiles.load(path) if show else profiles.all_profiles(report.load(RESULTS / "cpu.json"), machine())
+    profiles.print_table(found)
+    profiles.save(found, path)
+    profiles.write_page(found, PAGE)
 
 
 if __name__ == "__main__":

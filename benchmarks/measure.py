@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peak import Peak
+from torch import Tensor, nn
 
+from benchmarks.peak import Peak
 from benchmarks.workloads import Job
 
 SECONDS, ROUNDS = 4.0, (3, 300)  # for a cell; the fewest and the most rounds
@@ -82,14 +83,32 @@ def bandwidth(device: str) -> float:
     return t.nbytes / min(once(lambda: t.fill_(1.0)) for _ in range(5))
 
 
+def earliest(job: Job) -> tuple[Tensor, Tensor]:
+    """What the first layer with parameters gave, in the order of execution, and the model's output.
+
+    A layer, not the model: one that holds a parameter of its own beside its layers comes first of all modules, but what
+    it gives is the output. Where the model is a single layer, there is nothing before its output.
+    """
+    found: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and out.requires_grad:
+            found.append(out)
+
+    layers = [m for m in job.model.modules() if m is not job.model and dict(m.named_parameters(recurse=False))]
+    hooks = [layer.register_forward_hook(see) for layer in layers]
+    try:
+        out = job.model(job.x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (found or [out])[0], out
+
+
 def column(job: Job) -> float:
     """Seconds of one more cotangent through the model, in its activations alone."""
-    taps: list[torch.Tensor] = []
-    handle = next(m for m in job.model.modules() if any(True for _ in m.parameters(recurse=False)))
-    hook = handle.register_forward_hook(lambda module, args, out: taps.append(out))
-    out = job.model(job.x)
-    hook.remove()
+    first, out = earliest(job)
     cotangent = torch.randn_like(out)
     return statistics.median(
-        once(lambda: torch.autograd.grad(out, taps[0], cotangent, retain_graph=True)) for _ in range(7)
+        once(lambda: torch.autograd.grad(out, first, cotangent, retain_graph=True)) for _ in range(7)
     )

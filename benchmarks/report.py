@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -116,7 +114,7 @@ def rows(results: Results) -> list[list[str]]:
 
 
 def print_table(results: Results) -> None:
-    table = Table(*HEAD, title=", ".join(f"{k} {v}" for k, v in results.machine.items()))
+    table = Table(*HEAD, title=said(results.machine))
     for row, cell in zip(rows(results), results.cells, strict=True):
         table.add_row(*row, style="red" if cell.met is False else "")
     Console(width=150).print(table)
@@ -152,13 +150,23 @@ def draw(results: Results, path: Path) -> None:
 
 def write_page(results: Results, path: Path) -> None:
     """The table between the marks of the page."""
-    text = path.read_text()
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
-    made = ", ".join(f"{name} {value}" for name, value in results.machine.items())
-    block = f"<!-- table -->\n{made}.\n\n" + "\n".join(lines) + "\n<!-- end of table -->"
-    path.write_text(re.sub(r"<!-- table -->.*<!-- end of table -->", lambda _: block, text, flags=re.S))
+    put(path, "table", f"{said(results.machine)}.\n\n{markdown(HEAD, rows(results))}")
 
 
-def by_cell(results: Results) -> dict[tuple[str, str], Any]:
-    return {(c.workload, c.quantity): c for c in results.cells}
+def said(machine: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def put(path: Path, mark: str, block: str) -> None:
+    """Write a block between the two marks of that name, in place of what is there."""
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path.name} has no {begin} ... {end}")
+    path.write_text(f"{before}{begin}\n{block}\n{end}{after}")

@@ -1,7 +1,8 @@
-"""Memory grows as theory has it, and nothing but dense results grows with N times P. Times: `benchmarks.growth`."""
+"""Memory grows as theory has it, and nothing but dense results grows with N times P. Times: the committed curves."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,16 @@ def test_memory_grows_as_theory_has_it(quantity: str, axis: str) -> None:
         pytest.skip("by products, minutes")
     found = growth.curve(quantity, axis, SMALL[axis], timed=False)
     assert found.slopes[1] <= found.theory[1] + 0.15, found
+
+
+def test_the_committed_curves_are_no_worse_than_theory() -> None:
+    """Or say why: a result that was not explained is not to be committed."""
+    found = growth.load(Path(growth.__file__).parent / "results" / "growth-cpu.json")
+    assert [(c.quantity, c.axis) for c in found.curves] == [(q, axis) for q in growth.ASKED for axis in growth.TIME[q]]
+    assert not [c for c in found.curves if "WORSE" in c.verdict]
+    linear = growth.Curve("ggn_diag", "N", [1, 2, 4, 8], [9.0, 1.0, 2.0, 4.0], [1, 1, 4, 16])
+    assert linear.slopes == pytest.approx((1, 2))
+    assert linear.verdict == "memory above: WORSE"
 
 
 def work(N: int) -> tuple[nn.Module, Any]:

@@ -64,7 +64,7 @@ def mm(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:  # [m, k] @ [
         return torch.mm(A, B) if out is None else torch.mm(A, B, out=out)
     product, W = _onednn(), B.mT
     if not (B.is_contiguous() or W.is_contiguous()):
-        W = B.contiguous().mT  # for other strides it has a reference implementation only, a thousand times slower
+        W = B.contiguous().mT  # for other strides it has a reference implementation only, hundreds of times slower
     if m * n < _PIECE:
         found: Tensor = product(A, W, None, "none", [], "")
         return found

@@ -3,8 +3,8 @@
 Writing to fresh memory is most of the cost of a dense result: the system hands it out and zeroes it page by page, and
 takes it back as soon as the tensor dies. PyTorch has a cache against that for GPUs, and none for CPUs; so large results
 and columns on the CPU live in regions of ours, which come back when the tensor over them dies (nobody can still hold
-it then) and serve the next of their size. Measured for [128, 10, 256, 784] in single precision: 220 ms fresh, 64 ms
-used again.
+it then) and serve the next of their size. Measured for [128, 10, 256, 784] in single precision: 220 ms fresh, 31 ms
+used again. benchmarks/test_memory.py.
 
 What was not used again for some backwards is returned to the system, and what exceeds a quarter of the machine's memory
 at once. `empty_cache()` returns all. On other devices, and on systems without `mmap`, PyTorch allocates.
@@ -78,7 +78,7 @@ def _teach_malloc() -> None:
     """Let the C library keep what is freed, up to some 60 MB, as it does once a block of this size was freed.
 
     Until then it hands freed blocks of more than 128 kB back to the system, and pays for every page of the next one:
-    16 chunks of a temporary of 8 MB took 9.8 ms, and 0.6 ms afterwards. Nothing is written here, so it costs nothing.
+    16 times three temporaries of 1 MB took 2.4 ms, and 1 ms afterwards. Nothing is written here, so it costs nothing.
     """
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
@@ -183,7 +183,7 @@ def scaled_by(G: Tensor, slope: Tensor) -> Tensor:
 
 def above_zero(G: Tensor, t: Tensor) -> Tensor:
     """[V, *t] where t is not below or at zero, else zero: chosen, not multiplied, so that an infinite entry left out is
-    no NaN. PyTorch's fastest kernel for that is the backward of a threshold (`where` takes six times as long)."""
+    no NaN. PyTorch's fastest kernel for that is the backward of a threshold (`where` takes ten times as long)."""
     if not G.is_floating_point() or G.dtype != t.dtype or (torch.is_grad_enabled() and G.requires_grad):
         return G.masked_fill(t <= 0, 0)
     kernel = torch.ops.aten.threshold_backward.grad_input

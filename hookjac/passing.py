@@ -40,7 +40,8 @@ from hookjac.watch import Start
 
 Quiet = Callable[[], contextlib.AbstractContextManager[None]]
 
-# Measured: what a node costs in autograd's engine, and here; what a batched call of one without a closed form does (us)
+# Microseconds that a node costs in autograd's engine, and here; that a batched call of one without a closed form does.
+# About what benchmarks/test_overhead.py finds, with the hooks and lookups of a walk
 _IN_ENGINE, _STARTED, _BY_WAY, _BY_VMAP = 4.0, 15.0, 8.0, 150.0
 
 
@@ -297,7 +298,8 @@ class Pass:
         return found if gain > 0 else None
 
 
-# Measured in a microsecond: FLOPs of products by autograd, by the faster library, by convolutions; entries summed
+# In a microsecond: FLOPs of products by autograd, by the faster library, by convolutions; entries summed. Less than
+# benchmarks/test_overhead.py finds: this is in the midst of a step
 _PRODUCT, _FASTER, _CONVOLVED, _ADDED = 1.9e5, 3e5, 3.5e5, 7e3
 _DELIVERY, _FOR_EACH = 60.0, 4.0  # microseconds that delivering takes, and for each parameter
 _LARGE = 1e9

@@ -12,12 +12,12 @@ import pytest
 import torch
 from cases import C, D, Fn, N, random_loss
 from oracle import close, jacobian, trainable
-from peak import Peak
 from scipy.sparse.linalg import lsqr
 from test_quantities import MODELS
 from torch import Tensor, nn
 
 import hookjac
+from benchmarks.peak import Peak
 from hookjac import HookjacError, JacTensor, Kronecker, extend
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from cases import C, D, Fn, N, par, random_loss
 from oracle import close, grad, jacobian, trainable
-from peak import Peak
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hookjac
+from benchmarks.peak import Peak
 from hookjac import HookjacError, extend
 
 

@@ -51,7 +51,7 @@ class Unfolded:
 
     def products(self, g: Tensor) -> Tensor | None:  # [V, N, B, L, o] -> [N, V, B, o, C/B k]
         """Products with all patches, by PyTorch's own convolution: each sample's input is a group of channels of one
-        image. Where oneDNN has kernels for that it takes a third of the time of unfolding, and no memory; None where
+        image. Where oneDNN has kernels for that it takes half the time of unfolding, and no memory; None where
         it would be slower."""
         V, N, B, L, o = g.shape
         C, x = self.x.shape[1] // B, self.x
