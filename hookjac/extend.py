@@ -159,7 +159,13 @@ class extend:
     @property
     def ntk(self) -> Tensor:
         """[N, *out, N, *out]: the neural tangent kernel, summed over parameters. Ask for "ntk"."""
-        return sum(self._results_of("ntk", "ntk").values())  # type: ignore[return-value]
+        first, *others = self._results_of("ntk", "ntk").values()
+        if first.requires_grad:
+            return sum(others, first.clone())
+        total = memory.fresh(first.shape, first).copy_(first)
+        for part in others:
+            total.add_(part)
+        return total
 
     def _results_of(self, attribute: str, name: str) -> dict[str, Any]:
         if name not in self._found:

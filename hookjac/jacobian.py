@@ -14,6 +14,7 @@ from torch import Tensor
 from hookjac import handover
 from hookjac.factor import Dense, Factor, Lookup, Outer, add_gram, each_gram
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
+from hookjac.memory import fresh
 from hookjac.structured import JacTensor
 
 Which = Literal["full", "outputs", "trace"]
@@ -79,7 +80,7 @@ class Jacobian:
             raise ValueError(f"kind must be 'full', 'outputs' or 'trace', got {kind!r}")
         N, M, C = self.N, other.N, self.C
         if kind == "full":
-            full = torch.zeros(N, C, M, C, dtype=self._dtype, device=self._device)
+            full = fresh((N, C, M, C), torch.empty(0, dtype=self._dtype, device=self._device)).zero_()
             for mine, its in zip(self.parts.values(), other.parts.values(), strict=True):
                 add_gram(full, mine.intact, its.intact)
             return full.reshape(N, *self.out, M, *self.out)

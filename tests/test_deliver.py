@@ -34,6 +34,10 @@ ASKED: list[tuple[Any, ...]] = [
 ]
 
 
+def told(asked: tuple[Any, ...]) -> str:
+    return ", ".join(q if isinstance(q, str) else q.name for q in asked)
+
+
 def loss(output: Tensor) -> Tensor:
     return F.cross_entropy(output, Y[: len(output)])
 
@@ -123,7 +127,7 @@ def apart(tensors: list[Tensor]) -> None:
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=str)
+@pytest.mark.parametrize("asked", ASKED, ids=told)
 @pytest.mark.parametrize("name", NETS)
 def test_every_quantity(name: str, asked: tuple[Any, ...], chosen: Chosen) -> None:
     build, data = NETS[name]
@@ -165,7 +169,7 @@ def test_the_loss_gradient_rides_with_other_columns(name: str, ours: Chosen) -> 
 
 
 @pytest.mark.parametrize("kind", ["after", "before"])
-@pytest.mark.parametrize("asked", [("grad_sample",), ("ggn_diag", "grad_sample_norm"), ("jac",)], ids=str)
+@pytest.mark.parametrize("asked", [("grad_sample",), ("ggn_diag", "grad_sample_norm"), ("jac",)], ids=told)
 def test_hooks_on_parameters(asked: tuple[str, ...], kind: str, chosen: Chosen) -> None:
     """Called once for each backward, with the gradient, or the parameter that has it; what they return counts."""
     model, x = mlp(nn.ReLU), torch.randn(N, D)
@@ -208,7 +212,7 @@ def test_an_optimizer_in_the_backward(chosen: Chosen) -> None:
         close(p.detach(), start[name] - wanted[name], name)
 
 
-@pytest.mark.parametrize("asked", [("grad_sample",), ("ggn_diag",), ("jac", "grad_var")], ids=str)
+@pytest.mark.parametrize("asked", [("grad_sample",), ("ggn_diag",), ("jac", "grad_var")], ids=told)
 def test_gradients_add_up(asked: tuple[str, ...], chosen: Chosen) -> None:
     model, x = mlp(nn.Tanh), torch.randn(N, D)
     wanted = plain(model, x)
@@ -223,7 +227,7 @@ def test_gradients_add_up(asked: tuple[str, ...], chosen: Chosen) -> None:
         first = now
 
 
-@pytest.mark.parametrize("asked", [("grad_sample",), ("ggn_diag",), ("jac", "grad_var")], ids=str)
+@pytest.mark.parametrize("asked", [("grad_sample",), ("ggn_diag",), ("jac", "grad_var")], ids=told)
 def test_backward_again(asked: tuple[str, ...], chosen: Chosen) -> None:
     model, x = mlp(nn.ReLU), torch.randn(N, D)
     wanted = plain(model, x)
