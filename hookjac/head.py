@@ -33,11 +33,21 @@ from hookjac.structure import SEPARATE, scales_linearly
 _LARGEST = 1 << 28  # entries of [N, C, C]: two gigabytes in float64
 
 
-def unit_columns(edges: Sequence[Edge], layouts: Sequence[Layout], like: Tensor) -> list[Tensor]:
-    """Unit vectors of the joint features of several tensors, the same for every sample: [D, *tensor] each."""
+def unit_columns(
+    edges: Sequence[Edge], layouts: Sequence[Layout], like: Tensor, rows: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Unit vectors of the joint features of several tensors, the same for every sample: [D, *tensor] each.
+
+    rows: numbers of the features that are wanted; None: all.
+    """
     rests = [layout.split(like.expand(1, *edge.shape)).shape[2:] for edge, layout in zip(edges, layouts, strict=True)]
     sizes = [rest.numel() for rest in rests]
-    eye = torch.eye(sum(sizes), dtype=like.dtype, device=like.device)
+    D = sum(sizes)
+    if rows is None or len(rows) == D:
+        eye = torch.eye(D, dtype=like.dtype, device=like.device)
+    else:  # of a language model's logits, all would never fit
+        eye = torch.zeros(len(rows), D, dtype=like.dtype, device=like.device)
+        eye.scatter_(1, torch.tensor(rows, device=like.device).unsqueeze(1), 1.0)
     found = []
     for edge, layout, rest, part in zip(edges, layouts, rests, eye.split(sizes, 1), strict=True):
         t = part.reshape(part.shape[0], 1, *rest).expand(-1, layout.N, *rest)
@@ -60,7 +70,7 @@ class _Softmax:
         """
         e = e * self.p.sqrt()
         u = torch.addcmul(e, self.p, e.sum(self.dim + 1, keepdim=True), value=-1)
-        if bool((self.scale >= 0).all()):
+        if _none_below_zero(self.scale):
             return u.mul_(self.scale.sqrt()), None
         u = u * self.scale.abs().sqrt()
         return u, u * self.scale.sign()
@@ -75,13 +85,12 @@ class _Softmax:
         if self.p.dim() != 2 or self.dim != 1 or self.p.shape[1] < 2:
             return None
         C = self.p.shape[1]
-        j = self.p.argmax(1, keepdim=True)  # [N, 1]
-        q = self.p.sqrt()
-        top = q.gather(1, j)
+        top, j = self.p.max(1, keepdim=True)  # [N, 1]
+        top = top.sqrt()
         w = (self.p / (1 + top)).scatter_(1, j, top)
-        q = q * self.scale.abs().sqrt()
+        q = self.p.sqrt() * self.scale.abs().sqrt()
         eye = torch.eye(C, dtype=q.dtype, device=q.device).unsqueeze(1)
-        u = (eye - w) * q.T.unsqueeze(2)  # [C, N, C]
+        u = (eye - w).mul_(q.T.unsqueeze(2))  # [C, N, C]
         here = torch.arange(C - 1, device=q.device).view(-1, 1, 1) == j
         return torch.where(here, u[C - 1 :], u[: C - 1]), self.scale[:, 0]
 
@@ -100,7 +109,7 @@ class _Diagonal:
 
     def root(self, e: Tensor) -> tuple[Tensor, Tensor | None]:
         u = e * self.d.abs().sqrt()
-        return u, None if bool((self.d >= 0).all()) else u * self.d.sign()
+        return u, None if _none_below_zero(self.d) else u * self.d.sign()
 
     def rows(self) -> tuple[Tensor, Tensor] | None:
         return None
@@ -110,6 +119,10 @@ class _Diagonal:
 
 
 Form = _Softmax | _Diagonal
+
+
+def _none_below_zero(t: Tensor) -> bool:
+    return not t.numel() or t.min().item() >= 0
 
 
 class Bending(NamedTuple):
@@ -156,7 +169,7 @@ class Bending(NamedTuple):
             return None
         u, weights = found
         columns = self.down(u)
-        if u.device.type == "cpu" and bool((weights >= 0).all()):  # elsewhere, to ask would be to wait
+        if u.device.type == "cpu" and _none_below_zero(weights):  # elsewhere, to ask would be to wait
             return columns, weights.new_ones(()).expand(N, len(u))
         return columns, weights.sign().unsqueeze(1).expand(-1, len(u))
 

@@ -103,7 +103,7 @@ class Passage:
 
     def __post_init__(self) -> None:
         self.odd = sum(any(on.way is None for on in step.on) for step in self.steps)
-        self.by_engine: dict[tuple[bool, bool, bool], list[int] | None] = {}  # whose gradients it had better compute
+        self.by_engine: dict[tuple[bool, bool], list[int] | None] = {}  # whose gradients it had better compute
 
 
 def passage_of(plan: Plan, found: Described, tell: Callable[[Roads | None], Explanation]) -> Passage | None:

@@ -34,7 +34,7 @@ from hookjac.limits import refuse_large_results, refuse_many_columns
 from hookjac.passage import Numbered, Passage, Take
 from hookjac.quantity.record import GGN, Hessian, Loss, Output, Quantity, Received, Sampled, demand_samples
 from hookjac.samples import Layout
-from hookjac.seeds import wanted_rows
+from hookjac.seeds import places_of, wanted_rows
 from hookjac.uses import down
 from hookjac.watch import Start
 
@@ -136,15 +136,15 @@ class Pass:
         self.slope = None if head is None else head.slope
         if outs:
             rows = wanted_rows([(wish, self.quantities[k].name) for k, wish in outs.items()], passage.out_shape)
-            (units,) = unit_columns([at], [Layout(N)], _zero(at))
+            (units,) = unit_columns([at], [Layout(N)], _zero(at), rows)
             group = _Group([(k, self.quantities[k]) for k in outs])
             for k, wish in outs.items():
                 if wish.rows is not None:
-                    group.rows[k] = torch.tensor([rows.index(r) for r in wish.rows], device=units.device)
+                    group.rows[k] = places_of(wish.rows, rows, units.device)
             if curved and len(rows) == C:  # the same unit columns serve both
                 assert head is not None
                 group.asked, group.metric, curved = group.asked + curved, head.metric(), []
-            yield group, units if len(rows) == C else units[rows]
+            yield group, units
         if curved:
             assert head is not None
             (columns,), metric = head.columns()
@@ -271,12 +271,11 @@ class Pass:
             return None
         if any(p._backward_hooks or not p.is_contiguous() for p in params):
             return None
-        fast = gemm.faster(_LARGE, params[0].detach())
         each, whole = any(q.each is not None for _, q in group.asked), any(q.whole for _, q in group.asked)
         known = passage.by_engine
-        if (fast, each, whole) not in known:
-            known[fast, each, whole] = self._slower(fast, each, whole)
-        return known[fast, each, whole]
+        if (each, whole) not in known:
+            known[each, whole] = self._slower(gemm.faster(_LARGE, params[0].detach()), each, whole)
+        return known[each, whole]
 
     def _slower(self, fast: bool, each: bool, whole: bool) -> list[int] | None:
         """The parameters for which our sum would take longer than autograd's gradient; None: all in all, it would."""

@@ -124,16 +124,15 @@ class Seeds:
                 "after the model returned it. Or leave jac out."
             )
         (edge,) = selected
-        C = edge.shape[1:].numel()
         rows = wanted_rows(
             [(wish, name) for wish, name in self.asked.items() if isinstance(wish, Output)], edge.shape[1:]
         )
         group = Group("output", len(rows))
-        self._enter(group, [edge], [t[rows] if len(rows) < C else t for t in self._units([edge])])
+        self._enter(group, [edge], self._units([edge], rows))
         for wish in wishes:
             self.groups[wish] = group
             if wish.rows is not None:
-                self.some[wish] = torch.tensor([rows.index(r) for r in wish.rows], device=meta(edge)[2])
+                self.some[wish] = places_of(wish.rows, rows, meta(edge)[2])
 
     def _seed_curvature(self, by_columns: bool) -> None:
         plan, edges = self.plan, self.edges
@@ -172,9 +171,16 @@ class Seeds:
         for edge, t in zip(edges, columns, strict=True):
             self.start.setdefault(edge, {})[group] = t
 
-    def _units(self, edges: list[Edge]) -> list[Tensor]:
+    def _units(self, edges: list[Edge], rows: Sequence[int] | None = None) -> list[Tensor]:
         _, dtype, device = meta(edges[0])
-        return unit_columns(edges, [self.plan.layout[e] for e in edges], torch.zeros((), dtype=dtype, device=device))
+        like = torch.zeros((), dtype=dtype, device=device)
+        return unit_columns(edges, [self.plan.layout[e] for e in edges], like, rows)
+
+
+def places_of(wanted: Sequence[int], rows: Sequence[int], device: torch.device) -> Tensor:
+    """Where among the rows those wanted are."""
+    place = {r: k for k, r in enumerate(rows)}
+    return torch.tensor([place[r] for r in wanted], device=device)
 
 
 def wanted_rows(wishes: Sequence[tuple[Output, str]], out: torch.Size) -> list[int]:

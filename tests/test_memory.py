@@ -264,3 +264,12 @@ def test_the_jacobian_of_a_language_model() -> None:
     ids = torch.randint(50_000, (1, 32))
     with pytest.raises(HookjacError, match=r"1,600,000 columns"), extend(model, "jac"):
         model(ids).float().logsumexp(2).sum().backward()
+    for quantities in (("jac",), ("jac", "hess_mp")):  # by what was learned of the graph; by a walk
+        asked = [hookjac.Jac(outputs=[1_599_999, 7]), *quantities[1:]]
+        with extend(model, *asked):
+            out = model(ids).float()
+            out.logsumexp(2).sum().backward(retain_graph=True)
+        for row, entry in enumerate((out[0, 31, 49_999], out[0, 0, 7])):
+            wanted = torch.autograd.grad(entry, list(model.parameters()), retain_graph=True)
+            for p, w in zip(model.parameters(), wanted, strict=True):
+                close(p.jac[:, row].to_dense()[0], w, row, 1e-6)

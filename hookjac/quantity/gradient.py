@@ -96,23 +96,23 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
     backward.
     """
 
-    def measure(got: Received) -> tuple[Tensor, Tensor]:
+    def measure(got: Received, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         whole = got.sum()
         if got.direct is not None:
             whole = whole + saved(got.direct.head) * (got.M / got.N)
-        return whole.to(got.param.dtype), _sq_sum(got)
+        return whole.to(got.param.dtype), _sq_sum(got, scale)
 
-    def variance(whole: Tensor, squares: Tensor, M: int, N: int) -> Tensor:
-        return torch.addcmul(squares, whole, whole, value=-1 / M).mul_(N**2 / M).clamp_(min=0)
+    def variance(whole: Tensor, squares: Tensor, M: int, N: int) -> Tensor:  # squares: times N² / M
+        return torch.addcmul(squares, whole, whole, value=-((N / M) ** 2)).clamp_(min=0)
 
     def reduce(got: Received) -> Tensor:
-        return variance(*measure(got), got.M, got.N)
+        return variance(*measure(got, got.N**2 / got.M), got.M, got.N)
 
     adds = Adds(
         powers=(1, 2),
         measure=measure,
         split=lambda found: (list(found), {}),
-        join=lambda note, sums, N: variance(sums[0], sums[1], N, N),
+        join=lambda note, sums, N: variance(sums[0], sums[1] * N, N, N),
     )
 
     return Quantity(
@@ -126,16 +126,17 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
     )
 
 
-def _sq_sum(got: Received) -> Tensor:
+def _sq_sum(got: Received, scale: float = 1.0) -> Tensor:
+    """scale: what each square weighs."""
     factor = got.factor
     if factor is None:
         out = got.zeros()
     else:
-        one = torch.ones((), dtype=factor.tensors[0].dtype, device=got.param.device)
-        out = factor.quad(one.expand(got.M, 1))
+        weight = torch.full((), scale, dtype=factor.tensors[0].dtype, device=got.param.device)
+        out = factor.quad(weight.expand(got.M, 1))
     if got.direct is not None:
         share = got.direct.head / got.N
-        out = out + 2 * share * got.sum() + got.M * share.square()
+        out = out + scale * (2 * share * got.sum() + got.M * share.square())
     return out.to(got.param.dtype)
 
 
