@@ -160,10 +160,10 @@ class extend:
     def ntk(self) -> Tensor:
         """[N, *out, N, *out]: the neural tangent kernel, summed over parameters. Ask for "ntk"."""
         first, *others = self._results_of("ntk", "ntk").values()
-        if first.requires_grad:
+        if first.requires_grad or not others:
             return sum(others, first.clone())
-        total = memory.fresh(first.shape, first).copy_(first)
-        for part in others:
+        total = torch.add(first, others[0], out=memory.fresh(first.shape, first))
+        for part in others[1:]:
             total.add_(part)
         return total
 

@@ -338,7 +338,7 @@ class _Reading:
                 moved = factor.turned() if turned and isinstance(factor, Outer) else None
                 factor = down(tuple(self.owner._real(e) for e in chain), factor) if moved is None else moved
             found.append((k, factor))
-        if len(found) > 1 and self.group.metric is not None:
+        if len(found) > 1 and (self.group.metric is not None or len(G) > 1):
             share((factor for _, factor in found), G)
         for k, factor in found:
             self.open[k] -= 1

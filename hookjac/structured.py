@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hookjac.errors import HookjacError
-from hookjac.factor import Dense, Factor, Lookup, Sum, add_gram, root
-from hookjac.memory import available, fresh, said
+from hookjac.factor import Dense, Factor, Lookup, Sum, gram, root
+from hookjac.memory import available, said
 
 _NOTICED = 1 << 28  # bytes of a dense one, from which on memory is asked for beforehand
 
@@ -77,9 +77,7 @@ class JacTensor(Tensor):
         A, B = self.intact, other.intact
         if A.param != B.param:
             raise ValueError(f"gram of Jacobians in parameters of shapes {tuple(A.param)} and {tuple(B.param)}")
-        out = fresh((A.N, A.V, B.N, B.V), A.tensors[0].detach()).zero_()
-        add_gram(out, A, B)
-        return out.reshape(A.N, *self.out, B.N, *other.out).to(self.dtype)
+        return gram(A, B).reshape(A.N, *self.out, B.N, *other.out).to(self.dtype)
 
     def norms(self) -> Tensor:
         """[N, *out]: the length of each row."""

@@ -13,7 +13,7 @@ from oracle import close, expected, trainable
 from torch import Tensor, nn
 
 from hookjac import KFAC, GGNDiagMC, extend, gemm
-from hookjac.factor import Dense, Outer, share
+from hookjac.factor import Dense, Outer, gram, share
 from hookjac.factor import metric as metric_
 from hookjac.factor import outer as outer_
 from hookjac.factor.metric import Columns, inner, quad_block, quad_rows, summed_block, uniform
@@ -304,3 +304,29 @@ def test_several_metrics_at_once(name: str, T: int, width: int) -> None:
 def wanted_bias(wanted: dict[str, dict[str, Tensor]], model: nn.Module, layer: nn.Module) -> Tensor:
     (key,) = [name for name, m in model.named_modules() if m is layer]
     return wanted[f"{key}.bias"]["ggn_diag"]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gram_of_what_a_layer_received(shared: bool, graph: bool) -> None:
+    """Weight and bias share the products of columns; a graph is there if and only if it was asked for."""
+    V, N, o, i = 3, 4, 5, 2
+    G = torch.randn(V, 1, o).expand(V, N, o) if shared else torch.randn(V, N, o)
+    G = G.detach().requires_grad_(graph)
+    a = torch.randn(N, i)
+    weight, bias = Outer(G[:, :, None, None], a[:, None, None]), Dense(G)
+    share([weight, bias], G)
+    assert weight.source is bias.source is not None
+    for _ in range(2):
+        with torch.no_grad():
+            assert not gram(weight, weight).requires_grad
+        for factor in (weight, bias):
+            found, built = gram(factor, factor), factor.dense()
+            assert found.requires_grad == graph
+            for n in range(N):
+                for m in range(N):
+                    for v in range(V):
+                        for w in range(V):
+                            close(found[n, v, m, w], (built[v, n] * built[w, m]).sum(), (n, m, v, w))
+            with torch.no_grad():
+                found.zero_()  # the user's own

@@ -9,7 +9,7 @@ mix(R)            other columns, made of these by R [N, W, V], or [N, V] where i
 norms()           [V, N]: squared lengths; `lengths()`, their roots
 times(X)          [K, *p] -> [K, V, N]: inner products with K tangents
 back(U)           [K, V, N] -> [K, *p]: combinations of the columns; `sum()`, of all with ones
-add_gram(out, B)  [N, V, N', V']: inner products with those of another, added to `out`
+add_gram(out, B)  [N, V, N', V']: inner products with those of another, added to `out`; `gram(A, B)`, these alone
 each_gram(B)      [N, V, V']: those of the same sample; `scaled_gram(S)`, with itself under a diagonal S [*p]
 quad(metric)      [*p]: the diagonal of the curvature; `quad_each` [N, *p], its summands
 block(metric)     [P, P]: that curvature itself
@@ -28,6 +28,7 @@ from hookjac.factor.metric import Columns, quad_block, root
 from hookjac.factor.mixed import Sum
 from hookjac.factor.outer import Outer
 from hookjac.factor.unfolded import Unfolded, patches
+from hookjac.memory import fresh
 
 __all__ = [
     "Dense",
@@ -38,6 +39,7 @@ __all__ = [
     "Unfolded",
     "add_gram",
     "each_gram",
+    "gram",
     "paired",
     "patches",
     "quad_block",
@@ -55,6 +57,16 @@ def add_gram(out: Tensor, A: Factor, B: Factor) -> None:  # out [N, V, N', V']
         A.add_gram(out, B)  # type: ignore[arg-type]
     else:
         _summed(A).add_gram(out, _summed(B))
+
+
+def gram(A: Factor, B: Factor) -> Tensor:  # -> [N, V, N', V']
+    """Inner products of all columns of two factors of one parameter."""
+    known = A.own_gram() if A is B and isinstance(A, (Dense, Outer)) else None
+    if known is not None:
+        return known
+    out = fresh((A.N, A.V, B.N, B.V), A.tensors[0].detach()).zero_()
+    add_gram(out, A, B)
+    return out
 
 
 def each_gram(A: Factor, B: Factor) -> Tensor:  # -> [N, V, V']

@@ -107,6 +107,11 @@ class Dense:
         A = self._flat()
         return (A * S.reshape(-1)).transpose(0, 1) @ A.permute(1, 2, 0)
 
+    def own_gram(self) -> Tensor | None:  # -> [N, V, N, V]
+        """`add_gram` with itself, in new memory, where the layer's columns say it; else None."""
+        found = None if self.source is None else self.source.gram()
+        return None if found is None else found.clone(memory_format=torch.contiguous_format)
+
     def add_gram(self, out: Tensor, other: Dense) -> None:  # out [N, V, N', V']
         A = self._flat().transpose(0, 1)
         B = A if other is self else other._flat().transpose(0, 1)

@@ -9,7 +9,7 @@ V columns · N samples · D entries of what the columns arrive at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -177,28 +177,44 @@ _PIECE = 1 << 20  # entries that are laid out anew at once
 
 
 class Columns:
-    """Columns at a layer's output, G [V, N, o], and what they amount to: the weight and the bias ask for the same."""
+    """Columns at a layer's output, G [V, N, o], and what they amount to: the weight and the bias ask for the same.
+
+    Nothing is kept of columns that carry a graph: who asks later may want it, or not."""
 
     def __init__(self, G: Tensor) -> None:
         self.G = G
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._blocks: list[tuple[Tensor | None, Tensor]] = []
+        self._known: dict[str, list[tuple[Tensor | None, Tensor]]] = {"rows": [], "block": [], "gram": []}
+
+    def _once(self, what: str, metric: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
+        for known, found in self._known[what]:
+            if known is metric:
+                return found
+        made = make()
+        if not made.requires_grad and not self.G.requires_grad:
+            self._known[what].append((metric, made))
+        return made
 
     def rows(self, metric: Tensor) -> Tensor:  # -> [N, o]
         """`quad_rows`. Not to be written to."""
-        for known, found in self._rows:
-            if known is metric:
-                return found
-        self._rows.append((metric, quad_rows(self.G, metric)))
-        return self._rows[-1][1]
+        return self._once("rows", metric, lambda: quad_rows(self.G, metric))
 
     def block(self, metric: Tensor | None) -> Tensor:  # -> [o, o]
         """`summed_block`, in memory of its own."""
-        for known, found in self._blocks:
-            if known is metric:
-                return found.clone()
-        self._blocks.append((metric, summed_block(self.G, metric)))
-        return self._blocks[-1][1]
+        asked_before = any(known is metric for known, _ in self._known["block"])
+        found = self._once("block", metric, lambda: summed_block(self.G, metric))
+        return found.clone() if asked_before else found
+
+    def gram(self) -> Tensor | None:  # -> [N, V, N, V]
+        """Inner products of all columns of all samples; None where these are too many. Not to be written to."""
+        return None if (len(self.G) * self.G.shape[1]) ** 2 > CHUNK else self._once("gram", None, self._products)
+
+    def _products(self) -> Tensor:
+        V, N, o = self.G.shape
+        if shared(self.G):
+            one = gemm.mm(self.G[:, 0], self.G[:, 0].T)
+            return one.view(1, V, 1, V).expand(N, V, N, V)
+        rows = self.G.transpose(0, 1).reshape(N * V, o)
+        return gemm.mm(rows, rows.T).view(N, V, N, V)
 
 
 def summed_block(A: Tensor, metric: Tensor | None) -> Tensor:  # A [V, N, ..., D] -> [D, D]

@@ -255,6 +255,15 @@ class Outer:
         parts = [Dense(self.samples(n).dense()).scaled_gram(S) for n in self._chunks()]
         return torch.cat(parts) if parts else self.a.new_zeros(0, self.V, self.V)
 
+    def own_gram(self) -> Tensor | None:  # -> [N, V, N, V]
+        """`add_gram` with itself, in new memory, where the layer's columns say most of it; else None."""
+        gg = None if self.source is None else self.source.gram()
+        if gg is None:
+            return None
+        a = self.a[:, 0, 0]  # [N, i]
+        aa = gemm.mm(a, a.T)
+        return torch.mul(gg, aa[:, None, :, None], out=room(gg.shape, gg, aa))
+
     def add_gram(self, out: Tensor, other: Outer) -> None:  # out [N, V, N', V']
         _, N, B, L, o = self.g.shape
         V2, N2, B2, L2, _ = other.g.shape
