@@ -53,6 +53,17 @@ def test_products(benchmark: Any, shape: tuple[int, int, int], library: str) -> 
         benchmark.extra_info["GFLOP/s"] = 2e-9 * m * k * n / benchmark.stats.stats.median
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("shape", [(64, 640, 64), (128, 512, 128), (256, 128, 784)], ids=str)
+def test_transposed_left_factors(benchmark: Any, shape: tuple[int, int, int], library: str) -> None:
+    """As second moments have them: oneDNN lays the factor out anew, which only pays from `gemm._WIDE` columns on."""
+    m, k, n = shape
+    A, B = torch.randn(k, m).T, torch.randn(k, n)
+    checked(LIBRARIES[library], A, B)
+    benchmark.group = f"[{k}, {m}].T x [{k}, {n}]"
+    benchmark.pedantic(LIBRARIES[library], (A, B), rounds=30, iterations=20, warmup_rounds=2)
+
+
 @pytest.mark.parametrize("road", ["as it is", "copied"])
 def test_strides(benchmark: Any, road: str) -> None:
     """Of neither order, oneDNN has a reference implementation only; `gemm.mm` copies first."""

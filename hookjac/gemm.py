@@ -3,7 +3,9 @@
 `torch.mm` in single precision goes to MKL, which uses AVX-512 on Intel's processors only; on others it stays with AVX2,
 at half the speed. oneDNN, in the same wheel, uses what there is. Measured on an AMD EPYC with AVX-512, two threads, in
 GFLOP/s, MKL against oneDNN: [1280, 256] x [256, 256] 208 and 459, [128, 784] x [784, 256] 195 and 399, [640, 64] x
-[64, 64] 180 and 224, [64, 64] x [64, 64] 83 and 38. Both round as single precision does. benchmarks/test_gemm.py.
+[64, 64] 180 and 224, [64, 64] x [64, 64] 83 and 38. A left factor that is a transposed view costs oneDNN more: it takes
+1.6 times as long as MKL for [640, 64].T x [640, 64], and half as long for [128, 256].T x [128, 784]. Both round as
+single precision does. benchmarks/test_gemm.py.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from hookjac.memory import fresh
 
 _WORTH = 1 << 21  # multiplications; below, oneDNN's preparations cost more than it saves
+_WIDE = 256  # columns from which it is the faster one for a transposed left factor, too
 _PIECE = 1 << 20  # entries of a result that are computed at once
 _EACH = 1 << 22  # the same for one matrix of a batch, which MKL does in one call and oneDNN one by one
 
@@ -60,7 +63,7 @@ def faster(multiplications: float, like: Tensor) -> bool:
 def mm(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:  # [m, k] @ [k, n]
     """`torch.mm`. `out` is memory that may be used."""
     (m, k), n = A.shape, B.shape[1]
-    if m * k * n < _WORTH or not _able(A, B):
+    if m * k * n < _WORTH or (n < _WIDE and k > 1 and A.stride(1) != 1) or not _able(A, B):
         return torch.mm(A, B) if out is None else torch.mm(A, B, out=out)
     product, W = _onednn(), B.mT
     if not (B.is_contiguous() or W.is_contiguous()):
