@@ -84,6 +84,12 @@ WAYS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         lambda x, w: F.conv2d(x, w, stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=3), [IMAGE, (6, 1, 2, 2)]),
     "convolution of lines": (lambda x, w: F.conv1d(x, w, stride=2), [(2, 3, 7), (4, 3, 3)]),
     "convolution of volumes": (lambda x, w: F.conv3d(x, w), [(2, 2, 3, 4, 3), (3, 2, 2, 2, 2)]),
+    "convolution with a kernel of one entry": (lambda x, w, b: F.conv2d(x, w, b), [IMAGE, (4, 3, 1, 1), (4,)]),
+    "the same with strides": (lambda x, w: F.conv2d(x, w, stride=(2, 3), dilation=2), [IMAGE, (4, 3, 1, 1)]),
+    "the same of lines": (lambda x, w: F.conv1d(x, w, stride=3), [(2, 3, 8), (4, 3, 1)]),
+    "the same, padded": (lambda x, w: F.conv2d(x, w, stride=2, padding=1), [IMAGE, (4, 3, 1, 1)]),
+    "the same in groups": (lambda x, w: F.conv2d(x, w, stride=2, groups=3), [IMAGE, (3, 1, 1, 1)]),
+    "the same, transposed": (lambda x, w: F.conv_transpose2d(x, w, stride=2), [IMAGE, (3, 2, 1, 1)]),
     "transposed convolution": (
         lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1, output_padding=1, groups=1), [IMAGE, (3, 2, 3, 3)]),
 }  # fmt: skip

@@ -9,6 +9,9 @@ V columns · N samples · B groups · L positions · k kernel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,12 +57,25 @@ _CACHED = 1 << 20  # entries of columns that one call takes: more of them would 
 
 def _pull(node: Node, G: Tensor, shape: torch.Size) -> Tensor:  # [V, rows, O, *space] -> [V, *in]
     """What autograd's node does, without the weight's gradient."""
+    stride = node._saved_stride
+    one_entry = set(node._saved_weight.shape[2:]) == {1} and not any(node._saved_padding)
+    if not one_entry or node._saved_transposed or set(stride) == {1}:
+        return _pull_by(stride, node, G, shape)
+    # a kernel of one entry skips what lies between its strides; PyTorch is slow at that (benchmarks/test_conv.py)
+    found = _pull_by([1] * len(stride), node, G, torch.Size((*shape[:2], *G.shape[3:])))
+    out = fresh((len(G), *shape), G).zero_()
+    hit: Any = (..., *(slice(None, None, s) for s in stride))
+    out[hit] = found
+    return out
+
+
+def _pull_by(stride: Sequence[int], node: Node, G: Tensor, shape: torch.Size) -> Tensor:
     weight, mask = node._saved_weight, [True, False, False]
 
     def back(g: Tensor) -> Tensor:
         x = G.new_empty(len(g), *shape[1:])  # only its shape matters
         return torch.ops.aten.convolution_backward(
-            g, x, weight, None, node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed,
+            g, x, weight, None, stride, node._saved_padding, node._saved_dilation, node._saved_transposed,
             node._saved_output_padding, node._saved_groups, mask,
         )[0]  # fmt: skip
 
