@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hookjac.mended import formula
 from hookjac.samples import tolerance
-from hookjac.ways import ways
+from hookjac.ways import joins, ways
 
 Node = Any  # autograd nodes have no public common type: C++ nodes and Python Functions differ
 
@@ -208,6 +208,9 @@ def pull(node: Node, grads: dict[int, Tensor], wanted: Collection[int] | None = 
                 assert edge is not None
                 out[k] = fit(known[k](node, grads[0], edge.shape), edge, 1)
             return out
+    together = None if torch.is_grad_enabled() else joins(node)
+    if together is not None and grads and not any(G.is_complex() for G in grads.values()):
+        return [None if e is None else fit(together(node, grads, e.shape), e, 1) for e in after]
     V = next(iter(grads.values())).shape[0]
     columns = fill(node, grads, (V,))
     if V == 1:

@@ -27,7 +27,7 @@ from hookjac.roads import Roads, choose, piecewise_linear
 from hookjac.rule import NodeRule, node_rule
 from hookjac.samples import Layout
 from hookjac.uses import turns
-from hookjac.ways import Way, ways
+from hookjac.ways import Join, Way, joins, ways
 
 _REMEMBERED = 32  # structures of one model: a last batch of another size, sequences of several lengths
 
@@ -80,6 +80,7 @@ class Step(NamedTuple):
     outs: tuple[Numbered, ...]
     take: Take | None
     on: tuple[On, ...]
+    join: Join | None  # for a node of several outputs: the closed form that takes all of them
 
 
 @dataclass(eq=False)
@@ -102,7 +103,7 @@ class Passage:
     alone: bool  # nothing but parameters that are served is differentiated, and no gradient is sparse
 
     def __post_init__(self) -> None:
-        self.odd = sum(any(on.way is None for on in step.on) for step in self.steps)
+        self.odd = sum(step.join is None and any(on.way is None for on in step.on) for step in self.steps)
         self.by_engine: dict[tuple[bool, bool], list[int] | None] = {}  # whose gradients it had better compute
 
 
@@ -187,7 +188,8 @@ def _steps(
         if not known.keys() >= {k for k, _ in after} or len(outs) > 1 or meta(outs[0])[1].is_complex:
             known = {}
         on = tuple(On(k, told(e), known.get(k), *meta(e)[:2]) for k, e in after)
-        found.append(Step(told(Edge(key, 0)).node, tuple(told(e) for e in outs), takes.get(key), on))
+        together = None if meta(outs[0])[1].is_complex else joins(key)
+        found.append(Step(told(Edge(key, 0)).node, tuple(told(e) for e in outs), takes.get(key), on, together))
     return tuple(found)
 
 

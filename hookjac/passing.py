@@ -190,7 +190,7 @@ class Pass:
         passage, nodes = self.passage, self.nodes
         assert passage.output is not None
         waiting = {passage.output: U}
-        for number, outs, take, on in passage.steps:
+        for number, outs, take, on, join in passage.steps:
             here = {e.nr: waiting.pop(e) for e in outs if e in waiting}
             if not here:
                 continue
@@ -202,7 +202,9 @@ class Pass:
             made: list[tuple[Edge, Tensor | None]] = [
                 (o.below, fitted(o.way(node, here[0], o.shape), o.shape, o.dtype, 1)) for o in on if o.way is not None
             ]
-            if len(made) < len(on):  # all have one, or none
+            if join is not None:
+                made = [(o.below, fitted(join(node, here, o.shape), o.shape, o.dtype, 1)) for o in on]
+            elif len(made) < len(on):  # all have one, or none
                 found = pull(node, here, [o.slot for o in on])
                 made = [(o.below, found[o.slot]) for o in on]
             del here

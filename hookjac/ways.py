@@ -29,5 +29,26 @@ def way(*nodes: str, into: Mapping[int, Way]) -> None:
         _WAYS[name] = into
 
 
+Join = Callable[[Any, Mapping[int, Tensor], torch.Size], Tensor]
+
+_JOINS: dict[str, Join] = {}
+
+
+def join(*nodes: str, by: Join) -> None:
+    """For nodes of one input and several outputs.
+
+    by: `(node, number of an output -> G [V, *out], shape of the input) -> [V, *in]`; outputs at which nothing arrived
+    are missing.
+    """
+    for name in nodes:
+        if name in _JOINS or name in _WAYS:
+            raise ValueError(f"{name} has a way already")
+        _JOINS[name] = by
+
+
+def joins(node: Any) -> Join | None:
+    return _JOINS.get(type(node).__name__)
+
+
 def ways(node: Any) -> Mapping[int, Way] | None:
     return _WAYS.get(type(node).__name__)

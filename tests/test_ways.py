@@ -12,7 +12,7 @@ from oracle import close
 from torch import Tensor
 
 from hookjac.graph import edge_of, pull
-from hookjac.ways import _WAYS, ways
+from hookjac.ways import _JOINS, _WAYS, joins, ways
 
 R = torch.randn
 IMAGE: tuple[int, ...] = (2, 3, 6, 5)
@@ -133,6 +133,39 @@ def test_all_are_tried() -> None:
             seen.add(type(node).__name__)
             stack += [below for below, _ in node.next_functions if below is not None]  # type: ignore[union-attr]
     assert _WAYS.keys() <= seen, _WAYS.keys() - seen
+
+
+JOINS: dict[str, Callable[[Tensor], Any]] = {
+    "unbind": lambda x: x.unbind(1),
+    "unbind from the end": lambda x: x.unbind(-1),
+    "split": lambda x: x.split(2, 1),
+    "split with a rest": lambda x: x.split(4, -1),
+    "split by sizes": lambda x: x.split([1, 3, 1], 1),
+    "chunks": lambda x: x.chunk(3, -2),
+}
+
+
+@pytest.mark.parametrize("missing", ["none", "first", "all but the last"])
+@pytest.mark.parametrize("name", JOINS)
+def test_join(name: str, missing: str) -> None:
+    x = R(3, 5, 6).requires_grad_()
+    outs = JOINS[name](x)
+    chosen = {"none": range(len(outs)), "first": range(1, len(outs)), "all but the last": [len(outs) - 1]}[missing]
+    node = outs[0].grad_fn
+    assert joins(node) is not None
+    columns = {k: R(4, *outs[k].shape) for k in chosen}
+    with torch.no_grad():
+        (found,) = pull(node, columns)
+    for v in range(4):
+        (wanted,) = torch.autograd.grad(
+            [outs[k] for k in chosen], x, [columns[k][v] for k in chosen], retain_graph=True
+        )
+        assert found is not None
+        close(found[v], wanted, (name, v), 0)
+
+
+def test_all_joins_are_tried() -> None:
+    assert {type(split(R(3, 5, 6).requires_grad_())[0].grad_fn).__name__ for split in JOINS.values()} == set(_JOINS)
 
 
 def test_infinite_columns_do_not_leak_through_closed_gates() -> None:

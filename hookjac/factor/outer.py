@@ -26,6 +26,7 @@ from hookjac.factor.unfolded import Unfolded
 from hookjac.memory import fresh, room
 
 _GRAM = 2.5  # what a product of positions costs, in those of building; it leaves the sum over samples to be done
+_ALONE = 1 << 20  # multiplications from which a sample's products are worth a call of their own
 _POSITIONS = 16  # from so many on, adding up what was built is faster than a product over all positions
 
 
@@ -134,6 +135,10 @@ class Outer:
         into = room((N, V, B, r, c), g, a)
         if L == 1:  # a broadcast product beats einsum and bmm for plain outer products
             out = torch.mul(left[:, :, :, 0, :, None], right[:, :, :, 0, None, :], out=into)
+        elif V > 1 and B == 1 and into is not None and V * L * r * c >= _ALONE:  # without laying columns out anew
+            for mine, its, there in zip(left[:, :, 0].mT, right[:, :, 0], into[:, :, 0], strict=True):
+                torch.bmm(mine.expand(V, r, L), its.expand(V, L, c), out=there)
+            out = into
         elif V > 1 and B == 1 and not self.swapped:  # all columns at once, the inputs in one copy
             rows = left[:, :, 0].transpose(2, 3).reshape(N, V * r, L)
             out = torch.bmm(rows, a[:, 0, 0], out=None if into is None else into.view(N, V * r, c))

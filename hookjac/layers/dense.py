@@ -12,6 +12,7 @@ from hookjac.factor import Dense, Factor, Outer
 from hookjac.graph import Node, saved
 from hookjac.layers.broadcast import operand, summed
 from hookjac.layers.broadcast import stretched as was_stretched
+from hookjac.memory import fresh
 from hookjac.places import Placed, Shapes, place, rows_of_first, stretched
 from hookjac.rule import Call, NodeRule, Rule, register
 from hookjac.samples import Layout
@@ -230,6 +231,20 @@ def _through(left: bool, name: str) -> Way:
     return back
 
 
+def _each(A: Tensor, B: Tensor) -> Tensor:  # [V, M, r, k] @ [M, k, c], or [M, r, k] @ [V, M, k, c]
+    """A column at a time: PyTorch would copy the other factor for each, and the columns, to have one batch of all."""
+    V, M = max(A, B, key=Tensor.dim).shape[:2]
+    if A.dtype != B.dtype or A.numel() + B.numel() < _COPIED:
+        return A @ B
+    out = fresh((V, M, A.shape[-2], B.shape[-1]), A)
+    for v, into in enumerate(out.unbind(0)):
+        torch.bmm(A[v] if A.dim() == 4 else A, B[v] if B.dim() == 4 else B, out=into)
+    return out
+
+
+_COPIED = 1 << 18  # entries of which copies cost more than calls
+
+
 def _scaled_by_alpha(back: Way) -> Way:
     return lambda node, G, shape: _scaled(back(node, G, shape), node._saved_alpha)
 
@@ -237,7 +252,13 @@ def _scaled_by_alpha(back: Way) -> Way:
 # the way on of columns, without what the weight gets from each
 _LEFT, _RIGHT = _through(True, "_saved_mat2"), _through(False, "_saved_self")
 way("MmBackward0", into={0: _LEFT, 1: _RIGHT})
-way("BmmBackward0", into={0: lambda n, G, shape: G @ n._saved_mat2.mT, 1: lambda n, G, shape: n._saved_self.mT @ G})
+way(
+    "BmmBackward0",
+    into={
+        0: lambda node, G, shape: _each(G, node._saved_mat2.mT),
+        1: lambda node, G, shape: _each(node._saved_self.mT, G),
+    },
+)
 way(
     "AddmmBackward0",
     into={

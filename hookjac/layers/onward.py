@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
 from hookjac.graph import Node, signed
-from hookjac.memory import above_zero, room, scaled_by
-from hookjac.ways import way
+from hookjac.memory import above_zero, fresh, room, scaled_by
+from hookjac.ways import join, way
 
 # The same entries --------------------------------------------------------------------------------------------------
 
@@ -54,6 +57,39 @@ def _select(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
     out.select(signed(node._saved_dim) % len(shape) + 1, signed(node._saved_index)).copy_(G)
     return out
 
+
+# Put together again ------------------------------------------------------------------------------------------------
+
+
+def _side_by_side(columns: Mapping[int, Tensor], shape: torch.Size, axis: int, starts: Sequence[int]) -> Tensor:
+    """Output k is what begins at starts[k] of the axis; where nothing arrived, it is zero."""
+    like = next(iter(columns.values()))
+    out = fresh((len(like), *shape), like)
+    if len(columns) < len(starts):
+        out.zero_()
+    for k, G in columns.items():
+        out.narrow(axis + 1, starts[k], G.shape[axis + 1]).copy_(G)
+    return out
+
+
+def _unbound(node: Node, columns: Mapping[int, Tensor], shape: torch.Size) -> Tensor:
+    axis = signed(node._saved_dim) % len(shape)
+    return _side_by_side({k: G.unsqueeze(axis + 1) for k, G in columns.items()}, shape, axis, range(shape[axis]))
+
+
+def _split(node: Node, columns: Mapping[int, Tensor], shape: torch.Size) -> Tensor:
+    axis = signed(node._saved_dim) % len(shape)
+    return _side_by_side(columns, shape, axis, range(0, max(1, shape[axis]), max(1, node._saved_split_size)))
+
+
+def _split_by_sizes(node: Node, columns: Mapping[int, Tensor], shape: torch.Size) -> Tensor:
+    axis = signed(node._saved_dim) % len(shape)
+    return _side_by_side(columns, shape, axis, [0, *accumulate(node._saved_split_sizes)][:-1])
+
+
+join("UnbindBackward0", by=_unbound)
+join("SplitBackward0", by=_split)
+join("SplitWithSizesBackward0", by=_split_by_sizes)
 
 way("SliceBackward0", into={0: _slice})
 way("SelectBackward0", into={0: _select})
