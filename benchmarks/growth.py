@@ -59,7 +59,7 @@ MEMORY: dict[str, dict[str, float]] = {
     "hess_diag": {"N": 1, "C": 2, "width": 2, "depth": 1},
 }
 # where the last three points are above theory and we know why: a step between two sizes, which is no growth
-KNOWN = {("ntk", "N"): "from N=256 on, its kernels are zeroed in fresh memory"}
+KNOWN: dict[tuple[str, str], str] = {}
 
 
 @dataclass(frozen=True)

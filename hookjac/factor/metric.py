@@ -176,6 +176,9 @@ def _inner_turned(X: Tensor, Y: Tensor, scale: float) -> Tensor:
 _PIECE = 1 << 20  # entries that are laid out anew at once
 
 
+_KEPT = 1 << 25  # entries of products of columns that are kept: as many as one parameter's kernel has, for each layer
+
+
 class Columns:
     """Columns at a layer's output, G [V, N, o], and what they amount to: the weight and the bias ask for the same.
 
@@ -206,7 +209,7 @@ class Columns:
 
     def gram(self) -> Tensor | None:  # -> [N, V, N, V]
         """Inner products of all columns of all samples; None where these are too many. Not to be written to."""
-        return None if (len(self.G) * self.G.shape[1]) ** 2 > CHUNK else self._once("gram", None, self._products)
+        return None if (len(self.G) * self.G.shape[1]) ** 2 > _KEPT else self._once("gram", None, self._products)
 
     def _products(self) -> Tensor:
         V, N, o = self.G.shape
