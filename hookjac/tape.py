@@ -8,10 +8,11 @@ the `metadata` of the autograd nodes they speak of and are freed with the graph;
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ class Tape:
         before: Callable[..., Any] = self._before
         after: Callable[..., Any] = self._after
         if "torch._dynamo" in sys.modules:
-            before, after = _uncompiled(before), _uncompiled(after)
+            before, after = (MethodType(_uncompiled(method), self) for method in (Tape._before, Tape._after))
         if not (self.rules or self._wary):
             before, after = self._of_the_model(before), self._of_the_model(after)
         self._handles = [
@@ -328,6 +329,7 @@ def _demand_batch(chosen: Tensor, inputs: list[Tensor]) -> None:
         )
 
 
+@functools.cache
 def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     """The reason is what PyTorch says where a model was compiled with fullgraph=True."""
     why = "hookjac's forward hooks run uncompiled: inside an extend block, compile without fullgraph=True"
