@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-DEVICE = os.environ.get("HOOKJAC_TEST_DEVICE")  # "cuda": all tests there
+DEVICE = os.environ.get("HOOKJAC_TEST_DEVICE") or None  # "cuda": all tests there
 
 
 @pytest.fixture(autouse=True)

@@ -473,6 +473,7 @@ def test_interrupted_forward() -> None:
 
 def test_blocks_left_in_any_order() -> None:
     flags = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())
+    modes = torch.overrides._get_current_function_mode_stack()
     one, two, x = nn.Linear(D, C), nn.Linear(D, C), torch.randn(N, D)
     first, second = extend(one, "hess_diag"), extend(two, "hess_diag")
     first.__enter__()
@@ -482,7 +483,7 @@ def test_blocks_left_in_any_order() -> None:
     second.__exit__(None, None, None)
     assert two.weight.hess_diag.shape == (C, D)
     assert flags == (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())
-    assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.overrides._get_current_function_mode_stack() == modes
     with pytest.raises(HookjacError, match="this extend block is not open"):
         second.__exit__(None, None, None)
 
