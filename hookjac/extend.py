@@ -239,7 +239,7 @@ class extend:
         """Columns that go by what is known of the graph's structure."""
         assert described is not None
         count = _hooks()
-        run = Pass(passage, described, list(params.values()), self.quantities)
+        run = Pass(passage, described, list(params.values()), self.quantities, retained=self._watch.retained())
         answer, found = run.run(start, functools.partial(self._watch.quiet, self.model))
         self._tape.hooks += _hooks() - count
         curved = any(isinstance(q.wish, Hessian) for q in self.quantities)

@@ -78,8 +78,15 @@ class Pass:
     """One backward's worth of it."""
 
     def __init__(
-        self, passage: Passage, found: Described, params: Sequence[nn.Parameter], quantities: Sequence[Quantity]
+        self,
+        passage: Passage,
+        found: Described,
+        params: Sequence[nn.Parameter],
+        quantities: Sequence[Quantity],
+        *,
+        retained: bool = False,
     ) -> None:
+        self.retained = retained  # tensors of the graph wait for their own gradients: the user's backward has to run
         self.passage, self.nodes, self.params, self.quantities = passage, found.nodes, params, quantities
         self.made: list[list[Any]] = [[None] * len(quantities) for _ in params]
         self.sums: list[Tensor | None] = [None] * len(params)
@@ -269,6 +276,7 @@ class Pass:
         """The parameters whose own gradients autograd had better compute; None: all, as it would anyway."""
         passage, params = self.passage, self.params
         usual = start.fills and not start.creates and passage.alone and not torch.is_anomaly_enabled()
+        usual = usual and not self.retained
         if not usual or params[0].device.type != "cpu":
             return None
         if any(p._backward_hooks or not p.is_contiguous() for p in params):

@@ -89,6 +89,10 @@ class Watch(TorchFunctionMode):
                 t.grad = grad
             self._busy = False
 
+    def retained(self) -> bool:
+        """Is there a tensor, seen to ask for it, whose `.grad` the user's own backward has to fill?"""
+        return any(ref() is not None for ref in self._retained)
+
     def _unless_busy(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         return lambda grad: None if self._busy else hook(grad)
 

@@ -442,6 +442,21 @@ def test_retained_gradients_are_the_users() -> None:
         close(out.grad, 4 * out.detach() ** 3, quantity)
 
 
+def test_retained_gradients_where_ours_are_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward that carries nothing but frees the graph would leave them empty."""
+    monkeypatch.setattr("hookjac.passing._DELIVERY", -1e9)
+    monkeypatch.setattr("hookjac.passing._IN_ENGINE", 1e9)
+    for quantity in ("jac", "ggn_diag", "kfac", "grad_sample"):
+        model, x = nn.Sequential(nn.Linear(D, 4), nn.ReLU(), nn.Linear(4, C)), torch.randn(N, D)
+        for _ in range(2):
+            with extend(model, quantity):
+                out = model(x)
+                out.retain_grad()
+                out.pow(4).sum().backward()
+            assert out.grad is not None
+            close(out.grad, 4 * out.detach() ** 3, quantity)
+
+
 # Nothing left behind, whatever happens ---------------------------------------------------------------------------
 
 
