@@ -74,7 +74,10 @@ class Watch(TorchFunctionMode):
 
     @contextlib.contextmanager
     def quiet(self, model: nn.Module) -> Iterator[None]:
-        """Our own backwards are nobody's business: hooks on parameters and `retain_grad` do not notice them."""
+        """Our own backwards are nobody's business: hooks on parameters and `retain_grad` do not notice them.
+
+        Except for `retain_grad` called inside the model's forward, which we do not see (README, Limits).
+        """
         before = [(t, t.grad) for ref in self._retained if (t := ref()) is not None]
         silenced = [(h, dict(h)) for p in model.parameters() if (h := p._backward_hooks)]
         self._busy = True
