@@ -182,7 +182,8 @@ _KEPT = 1 << 25  # entries of products of columns that are kept: as many as one 
 class Columns:
     """Columns at a layer's output, G [V, N, o], and what they amount to: the weight and the bias ask for the same.
 
-    Nothing is kept of columns that carry a graph: who asks later may want it, or not."""
+    Nothing is kept of columns that carry a graph: who asks later may want it, or not.
+    """
 
     def __init__(self, G: Tensor) -> None:
         self.G = G
@@ -202,7 +203,7 @@ class Columns:
         return self._once("rows", metric, lambda: quad_rows(self.G, metric))
 
     def block(self, metric: Tensor | None) -> Tensor:  # -> [o, o]
-        """`summed_block`, in memory of its own."""
+        """`summed_block`. The first asker gets what is kept, the others copies: not to be written to until all asked."""
         asked_before = any(known is metric for known, _ in self._known["block"])
         found = self._once("block", metric, lambda: summed_block(self.G, metric))
         return found.clone() if asked_before else found

@@ -70,6 +70,7 @@ def _pull(node: Node, G: Tensor, shape: torch.Size) -> Tensor:  # [V, rows, O, *
 
 
 def _pull_by(stride: Sequence[int], node: Node, G: Tensor, shape: torch.Size) -> Tensor:
+    """By PyTorch's kernel, in pieces that stay in the cache. shape: of the input, as this stride has it."""
     weight, mask = node._saved_weight, [True, False, False]
 
     def back(g: Tensor) -> Tensor:

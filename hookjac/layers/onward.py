@@ -58,6 +58,9 @@ def _select(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
     return out
 
 
+way("SliceBackward0", into={0: _slice})
+way("SelectBackward0", into={0: _select})
+
 # Put together again ------------------------------------------------------------------------------------------------
 
 
@@ -91,8 +94,6 @@ join("UnbindBackward0", by=_unbound)
 join("SplitBackward0", by=_split)
 join("SplitWithSizesBackward0", by=_split_by_sizes)
 
-way("SliceBackward0", into={0: _slice})
-way("SelectBackward0", into={0: _select})
 
 # Sums --------------------------------------------------------------------------------------------------------------
 
