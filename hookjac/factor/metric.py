@@ -203,7 +203,7 @@ class Columns:
         return self._once("rows", metric, lambda: quad_rows(self.G, metric))
 
     def block(self, metric: Tensor | None) -> Tensor:  # -> [o, o]
-        """`summed_block`. The first asker gets what is kept, the others copies: not to be written to until all asked."""
+        """`summed_block`. The first to ask gets what is kept: not to be written to until all have asked."""
         asked_before = any(known is metric for known, _ in self._known["block"])
         found = self._once("block", metric, lambda: summed_block(self.G, metric))
         return found.clone() if asked_before else found
