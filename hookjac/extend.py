@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from hookjac import memory
@@ -29,6 +27,7 @@ from hookjac.plan import make_plan
 from hookjac.quantity import Quantity, parse
 from hookjac.quantity.record import GGN, Diagonal, Graph, Hessian, Loss, Output, Probes, Sampled
 from hookjac.rule import foreign
+from hookjac.switches import MATH_ATTENTION, QUIET_VMAP
 from hookjac.tape import Select, Tape
 from hookjac.watch import Start, Watch
 
@@ -112,7 +111,7 @@ class extend:
         self._open = True
         self._tape.install()
         self._hooks = _hooks()
-        self._watch.enter()
+        self._watch.open()
         return self
 
     def _switch(self) -> None:
@@ -121,16 +120,16 @@ class extend:
             return
         self._switches = contextlib.ExitStack()
         if not self._light:
-            self._switches.enter_context(_QUIET_VMAP)
+            self._switches.enter_context(QUIET_VMAP)
         if self._create_graph or twice:
-            self._switches.enter_context(_MATH_ATTENTION)
+            self._switches.enter_context(MATH_ATTENTION)
 
     def __exit__(self, *exc: object) -> None:
         if not self._open:
             raise HookjacError("this extend block is not open")
         self._open = False
         self._held = {}
-        self._watch.leave()
+        self._watch.close()
         self._tape.remove()
         if self._switches is not None:
             self._switches.close()
@@ -260,7 +259,7 @@ class extend:
     ) -> Results | Passage:
         """The results of a walk; or, of a graph that was described, the passage that makes one needless."""
         # a graph made outside inference mode is differentiable inside it, but only once
-        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), _QUIET_VMAP:
+        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), QUIET_VMAP:
             count = _hooks()
             found = self._results(list(start.tensors), list(start.weights), members, params, described)
             self._tape.hooks += _hooks() - count
@@ -325,39 +324,3 @@ def _compiled() -> Iterator[None]:
             "run only once. Compile inside the block, or extend the model that torch.compile was given (`_orig_mod`), "
             "or set torch._functorch.config.donated_buffer = False before the first forward."
         ) from error
-
-
-class _Switch:
-    """A switch of the whole process: the first block that needs it turns it, the last one turns it back."""
-
-    def __init__(self, turned: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
-        self._turned, self._users = turned, 0
-        self._lock, self._undo = threading.Lock(), contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._undo.enter_context(self._turned())
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._undo.close()
-
-
-@contextlib.contextmanager
-def _no_fallback_warnings() -> Iterator[None]:
-    functorch: Any = torch._C._functorch
-    functorch._set_vmap_fallback_warning_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_warning_enabled(True)
-
-
-# fused attention has no second derivative on CPU; the math kernel does
-_MATH_ATTENTION = _Switch(lambda: sdpa_kernel(SDPBackend.MATH))
-# vmap tells of kernels that it must loop over; that is our own affair, and `explain()` tells of roads
-_QUIET_VMAP = _Switch(_no_fallback_warnings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.overrides import (
 )
 
 from hookjac.errors import HookjacError
+from hookjac.switches import Switch
 from hookjac.tape import Tape
 
 
@@ -54,12 +56,23 @@ class Watch(TorchFunctionMode):
         self._retained: list[weakref.ref[Tensor]] = []
         tape.around = (self._aside, self.enter)
 
+    def open(self) -> None:
+        _RETAINING.__enter__()
+        self._blocks = _here()
+        self._blocks.append(self)
+        self.enter()
+
+    def close(self) -> None:
+        self._blocks.remove(self)
+        _RETAINING.__exit__()
+        self._leave()
+
     def enter(self) -> None:
         """On top of the modes, unless among them already. A forward that was interrupted leaves us out."""
         if self not in _get_current_function_mode_stack():
             _push_mode(self)
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Off, wherever among the modes we are: blocks may be left in any order."""
         above = []
         while self in _get_current_function_mode_stack():
@@ -74,10 +87,7 @@ class Watch(TorchFunctionMode):
 
     @contextlib.contextmanager
     def quiet(self, model: nn.Module) -> Iterator[None]:
-        """Our own backwards are nobody's business: hooks on parameters and `retain_grad` do not notice them.
-
-        Except for `retain_grad` called inside the model's forward, which we do not see (README, Limits).
-        """
+        """Our own backwards are nobody's business: hooks on parameters and `retain_grad` do not notice them."""
         before = [(t, t.grad) for ref in self._retained if (t := ref()) is not None]
         silenced = [(h, dict(h)) for p in model.parameters() if (h := p._backward_hooks)]
         self._busy = True
@@ -93,7 +103,7 @@ class Watch(TorchFunctionMode):
             self._busy = False
 
     def retained(self) -> bool:
-        """Is there a tensor, seen to ask for it, whose `.grad` the user's own backward has to fill?"""
+        """Is there a tensor whose `.grad` the user's own backward has to fill?"""
         return any(ref() is not None for ref in self._retained)
 
     def _unless_busy(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -103,9 +113,7 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _WATCHED:
             return func(*args, **kwargs)
-        if func is torch.Tensor.retain_grad:
-            self._retained.append(weakref.ref(args[0]))
-        elif func is torch.Tensor.register_hook and not args[0].is_leaf:
+        if func is torch.Tensor.register_hook and not args[0].is_leaf:
             (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
             return func(tensor, self._unless_busy(hook))
         if func not in _STARTS or self._running or self._busy:
@@ -146,6 +154,40 @@ class Watch(TorchFunctionMode):
             self._running = False
 
 
+_OPEN = threading.local()
+
+
+def _here() -> list[Watch]:
+    """The watches of this thread's open blocks."""
+    if not hasattr(_OPEN, "watches"):
+        _OPEN.watches = []
+    found: list[Watch] = _OPEN.watches
+    return found
+
+
+_retain_grad = torch.Tensor.retain_grad
+
+
+def _retain_grad_seen(tensor: Tensor) -> None:
+    """Retain the gradient of a tensor."""
+    for watch in _here():
+        watch._retained.append(weakref.ref(tensor))
+    _retain_grad(tensor)
+
+
+@contextlib.contextmanager
+def _retaining_is_seen() -> Iterator[None]:
+    """A mode would see it as well, but not inside the model, where ours steps aside."""
+    torch.Tensor.retain_grad = _retain_grad_seen  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del torch.Tensor.retain_grad
+
+
+_RETAINING = Switch(_retaining_is_seen)
+
+
 def _listed(found: Any) -> list[Any]:
     if isinstance(found, dict):
         return list(found.values())
@@ -158,4 +200,4 @@ _STARTS: dict[Any, tuple[str, str]] = {
     torch.autograd.backward: ("tensors", "grad_tensors"),
     torch.autograd.grad: ("outputs", "grad_outputs"),
 }
-_WATCHED = {*_STARTS, torch.Tensor.retain_grad, torch.Tensor.register_hook}
+_WATCHED = {*_STARTS, torch.Tensor.register_hook}

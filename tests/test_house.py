@@ -26,7 +26,7 @@ PACKAGE = ROOT / "hookjac"
 
 # each may import only from those before it; the files of a folder share a place
 ORDER = [
-    "errors", "memory", "gemm", "deliver", "ways", "samples", "members", "mended", "graph", "checkpoints",
+    "errors", "switches", "memory", "gemm", "deliver", "ways", "samples", "members", "mended", "graph", "checkpoints",
     "progress", "products", "factor", "rule", "places", "layers", "tape", "watch", "described", "route",
     "structure", "uses", "kinks", "loss", "plan", "gathering", "handover", "operator", "kronecker", "structured",
     "jacobian", "quantity", "limits", "head", "curvature", "roads", "seeds", "engine", "explain", "passage",

@@ -431,30 +431,51 @@ def test_gradient_hooks_are_called_once_and_not_obeyed() -> None:
         assert not model.weight.grad.any()
 
 
-def test_retained_gradients_are_the_users() -> None:
-    for quantity in ALL:
-        model, x = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C)), torch.randn(N, D)
+def _retains(inside: bool) -> Any:
+    """A model one of whose tensors retains its gradient: a hidden one, asked within the forward, or its output."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.kept = m.a(x).relu()
+        if inside:
+            m.kept.retain_grad()
+        return m.b(m.kept)
+
+    return Fn(forward, a=nn.Linear(D, 4), b=nn.Linear(4, C))
+
+
+def _check_retained(quantity: str, inside: bool) -> None:
+    model, x = _retains(inside), torch.randn(N, D)
+    for _ in range(2):
         with extend(model, quantity):
             out = model(x)
-            out.retain_grad()
+            if not inside:
+                out.retain_grad()
             out.pow(4).sum().backward()
-        assert out.grad is not None
-        close(out.grad, 4 * out.detach() ** 3, quantity)
+        slope = 4 * out.detach() ** 3
+        found, expected = (model.kept.grad, slope @ model.b.weight) if inside else (out.grad, slope)
+        assert found is not None, quantity
+        close(found, expected, quantity)
 
 
-def test_retained_gradients_where_ours_are_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backward that carries nothing but frees the graph would leave them empty."""
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_retained_gradients_are_the_users(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for quantity in ALL:
+        _check_retained(quantity, inside)
+    # where ours are delivered, a backward that carries nothing but frees the graph would leave them empty
     monkeypatch.setattr("hookjac.passing._DELIVERY", -1e9)
     monkeypatch.setattr("hookjac.passing._IN_ENGINE", 1e9)
     for quantity in ("jac", "ggn_diag", "kfac", "grad_sample"):
-        model, x = nn.Sequential(nn.Linear(D, 4), nn.ReLU(), nn.Linear(4, C)), torch.randn(N, D)
-        for _ in range(2):
-            with extend(model, quantity):
-                out = model(x)
-                out.retain_grad()
-                out.pow(4).sum().backward()
-            assert out.grad is not None
-            close(out.grad, 4 * out.detach() ** 3, quantity)
+        _check_retained(quantity, inside)
+
+
+def test_what_retains_is_torchs_own_again() -> None:
+    before = torch.Tensor.retain_grad
+    model, x = _retains(True), torch.randn(N, D)
+    with extend(model), pytest.raises(RuntimeError, match="boom"):
+        model(x)
+        raise RuntimeError("boom")
+    assert torch.Tensor.retain_grad is before
+    assert "retain_grad" not in vars(torch.Tensor)
 
 
 # Nothing left behind, whatever happens ---------------------------------------------------------------------------
