@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hookjac.curvature import cut
+from hookjac.deliver import Cost
 from hookjac.described import Described, Structure
 from hookjac.explain import Explanation
 from hookjac.graph import Edge, Node, meta
@@ -41,15 +42,6 @@ class Use(NamedTuple):
     slot: int
     chain: tuple[Numbered, ...]
     turned: bool  # they do nothing but transpose it, once
-
-
-class Cost(NamedTuple):
-    """Of the gradient of one parameter: FLOPs, the most positions of a sample that share it, and whether a rule copies
-    the layer's input before it can begin."""
-
-    flops: float
-    positions: int
-    copies: bool
 
 
 class Take(NamedTuple):

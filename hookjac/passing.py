@@ -15,27 +15,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hookjac import gemm
-from hookjac.deliver import deliver
+from hookjac.deliver import deliver, slower
 from hookjac.described import Described
-from hookjac.errors import HookjacError
-from hookjac.factor import Factor, Outer, share, total
-from hookjac.factor.metric import CHUNK
-from hookjac.graph import Edge, Held, Node, fitted, gradients, meta, pull
+from hookjac.graph import Edge, Held, fitted, gradients, meta, pull
 from hookjac.head import Head, unit_columns
 from hookjac.limits import refuse_large_results, refuse_many_columns
-from hookjac.passage import Numbered, Passage, Take
-from hookjac.quantity.record import GGN, Hessian, Loss, Output, Quantity, Received, Sampled, demand_samples
+from hookjac.passage import Numbered, Passage
+from hookjac.quantity.record import GGN, Hessian, Loss, Output, Quantity, Sampled, demand_samples
+from hookjac.reading import Group, Reading
 from hookjac.samples import Layout
 from hookjac.seeds import places_of, wanted_rows
-from hookjac.uses import down
 from hookjac.watch import Start
 
 Quiet = Callable[[], contextlib.AbstractContextManager[None]]
@@ -64,16 +59,6 @@ def serves(passage: Passage, quantities: Sequence[Quantity]) -> bool:
     return True
 
 
-@dataclass(eq=False)
-class _Group:
-    """Columns that travel together, and which quantities they are for. rows: numbers of the columns that one means."""
-
-    asked: list[tuple[int, Quantity]] = field(default_factory=list)
-    metric: Tensor | None = None
-    rows: dict[int, Tensor] = field(default_factory=dict)
-    summed: frozenset[int] = frozenset()  # parameters of which the sum over the samples is wanted, too
-
-
 class Pass:
     """One backward's worth of it."""
 
@@ -99,7 +84,7 @@ class Pass:
 
     def run(self, start: Start, quiet: Quiet) -> tuple[Any, list[list[Any]]]:
         """The user's backward, and for each parameter the result of each quantity."""
-        loss = _Group()
+        loss = Group()
         others: list[tuple[int, Quantity]] = []
         for k, q in enumerate(self.quantities):
             (loss.asked if isinstance(q.wish, Loss) else others).append((k, q))
@@ -123,10 +108,13 @@ class Pass:
 
     # Columns from the output --------------------------------------------------------------------------------------
 
+    def _reading(self, group: Group) -> Reading:
+        return Reading(self.passage, self.nodes, self.params, group, self.made, self.sums)
+
     def _real(self, edge: Numbered) -> Edge:
         return Edge(self.nodes[edge.node], edge.nr)
 
-    def _groups(self, loss: Tensor, asked: list[tuple[int, Quantity]]) -> Iterator[tuple[_Group, Tensor]]:
+    def _groups(self, loss: Tensor, asked: list[tuple[int, Quantity]]) -> Iterator[tuple[Group, Tensor]]:
         passage = self.passage
         assert passage.output is not None
         at, N = self._real(passage.output), passage.N
@@ -144,7 +132,7 @@ class Pass:
         if outs:
             rows = wanted_rows([(wish, self.quantities[k].name) for k, wish in outs.items()], passage.out_shape)
             (units,) = unit_columns([at], [Layout(N)], _zero(at), rows)
-            group = _Group([(k, self.quantities[k]) for k in outs])
+            group = Group([(k, self.quantities[k]) for k in outs])
             for k, wish in outs.items():
                 if wish.rows is not None:
                     group.rows[k] = places_of(wish.rows, rows, units.device)
@@ -155,16 +143,16 @@ class Pass:
         if curved:
             assert head is not None
             (columns,), metric = head.columns()
-            yield _Group(curved, metric), columns
+            yield Group(curved, metric), columns
         for drawn, quantities in sampled.items():
             assert head is not None
             (columns,), metric = head.draw(drawn)
-            yield _Group(quantities, metric), columns
+            yield Group(quantities, metric), columns
 
-    def _send(self, group: _Group, U: Tensor) -> None:  # U [V, *output]
+    def _send(self, group: Group, U: Tensor) -> None:  # U [V, *output]
         """By autograd's own engine, one by one, or all side by side by closed forms: whichever costs less."""
         passage, V = self.passage, len(U)
-        reading = _Reading(self, group)
+        reading = self._reading(group)
         steps = len(passage.steps)
         engine = V * (_STARTED + _IN_ENGINE * steps)
         if V == 0 or engine > _BY_WAY * steps + _BY_VMAP * passage.odd:
@@ -173,19 +161,19 @@ class Pass:
             self._one_by_one(U, reading)
         reading.close()
 
-    def _send_with(self, group: _Group, U: Tensor, loss: _Group, start: Tensor) -> None:  # U [V, *output]
+    def _send_with(self, group: Group, U: Tensor, loss: Group, start: Tensor) -> None:  # U [V, *output]
         """The same, and the loss gradient beside the others: it is one more of them."""
         assert self.passage.output is not None
         self.rode = True
         loss.summed = frozenset(range(len(self.params)))
         (g,) = gradients([start], [self._real(self.passage.output)], [None]) if self.slope is None else (self.slope,)
-        mine, its = _Reading(self, group), _Reading(self, loss)
+        mine, its = self._reading(group), self._reading(loss)
         V = len(U)
         self._side_by_side(torch.cat([U, g.unsqueeze(0).to(U.dtype)]), [(mine, slice(0, V)), (its, slice(V, V + 1))])
         mine.close()
         its.close()
 
-    def _one_by_one(self, U: Tensor, reading: _Reading) -> None:
+    def _one_by_one(self, U: Tensor, reading: Reading) -> None:
         assert self.passage.output is not None
         at, takes = self._real(self.passage.output), self.passage.takes
         rows = [gradients([at], [Edge(self.nodes[t.number], t.nr) for t in takes], [u]) for u in U]
@@ -193,7 +181,7 @@ class Pass:
             G = rows[0][k].unsqueeze(0) if len(rows) == 1 else torch.stack([row[k] for row in rows])
             reading.meet(take, self.nodes[take.number], G)
 
-    def _side_by_side(self, U: Tensor, readings: Sequence[tuple[_Reading, slice]]) -> None:
+    def _side_by_side(self, U: Tensor, readings: Sequence[tuple[Reading, slice]]) -> None:
         passage, nodes = self.passage, self.nodes
         assert passage.output is not None
         waiting = {passage.output: U}
@@ -221,11 +209,11 @@ class Pass:
 
     # The loss gradient --------------------------------------------------------------------------------------------
 
-    def _read(self, start: Start, group: _Group) -> Any:
+    def _read(self, start: Start, group: Group) -> Any:
         """As the user's own backward passes."""
         if not group.asked:
             return start.call()
-        reading = _Reading(self, group)
+        reading = self._reading(group)
         handles = [self.nodes[t.number].register_prehook(reading.hook(t)) for t in self.passage.takes]
         try:
             answer = start.call()
@@ -236,7 +224,7 @@ class Pass:
             reading.close()
         return answer
 
-    def _read_all(self, start: Start, group: _Group, by_engine: list[int]) -> None:
+    def _read_all(self, start: Start, group: Group, by_engine: list[int]) -> None:
         """Autograd goes down to the last layers only, and to the parameters that it serves itself; what the others'
         gradients add up to is delivered."""
         passage, nodes, params = self.passage, self.nodes, self.params
@@ -248,7 +236,7 @@ class Pass:
         for k in reversed(by_engine):
             self.sums[k] = found.pop()
         with torch.no_grad():
-            reading = _Reading(self, group)
+            reading = self._reading(group)
             for take, node, g in zip(passage.takes, held, found, strict=True):
                 if g is not None:
                     reading.meet(take, node, g.unsqueeze(0))
@@ -272,7 +260,7 @@ class Pass:
         self.sums.clear()
         deliver([self.params[k] for k in served], sums)
 
-    def _by_engine(self, start: Start, group: _Group) -> list[int] | None:
+    def _by_engine(self, start: Start, group: Group) -> list[int] | None:
         """The parameters whose own gradients autograd had better compute; None: all, as it would anyway."""
         passage, params = self.passage, self.params
         usual = start.fills and not start.creates and passage.alone and not torch.is_anomaly_enabled()
@@ -284,119 +272,8 @@ class Pass:
         each, whole = any(q.each is not None for _, q in group.asked), any(q.whole for _, q in group.asked)
         known = passage.by_engine
         if (each, whole) not in known:
-            known[each, whole] = self._slower(gemm.faster(_LARGE, params[0].detach()), each, whole)
+            known[each, whole] = slower(passage.costs, params, passage.N, each=each, whole=whole)
         return known[each, whole]
-
-    def _slower(self, fast: bool, each: bool, whole: bool) -> list[int] | None:
-        """The parameters for which our sum would take longer than autograd's gradient; None: all in all, it would."""
-        found, gain = [], -_DELIVERY - _FOR_EACH * len(self.params)
-        for k, (p, cost) in enumerate(zip(self.params, self.passage.costs, strict=True)):
-            theirs = cost.flops / (_CONVOLVED if cost.copies else _PRODUCT)
-            entries = self.passage.N * p.numel()
-            ours = cost.flops / (_FASTER if fast else _PRODUCT)
-            if whole:
-                ours = 0.0
-            elif each and cost.positions > 1 and entries <= CHUNK:
-                ours = entries / _ADDED
-            elif cost.copies:
-                ours = theirs + 1
-            if ours <= theirs:
-                gain += theirs - ours
-            else:
-                found.append(k)
-        return found if gain > 0 else None
-
-
-# In a microsecond: FLOPs of products by autograd, by the faster library, by convolutions; entries summed. Less than
-# benchmarks/test_overhead.py finds: this is in the midst of a step
-_PRODUCT, _FASTER, _CONVOLVED, _ADDED = 1.9e5, 3e5, 3.5e5, 7e3
-_DELIVERY, _FOR_EACH = 60.0, 4.0  # microseconds that delivering takes, and for each parameter
-_LARGE = 1e9
-
-
-class _Reading:
-    """What the parameters receive of one group of columns."""
-
-    def __init__(self, owner: Pass, group: _Group) -> None:
-        self.owner, self.group = owner, group
-        self.uses = owner.passage.uses
-        self.open = list(self.uses)
-        self.factors: dict[int, list[Factor]] = {}  # of parameters that are used more than once
-        asked = {q.each for _, q in group.asked}
-        self.prepares, self.entries = bool(group.summed) and bool(asked - {None}), "entries" in asked
-
-    def hook(self, take: Take) -> Callable[[tuple[Tensor | None, ...]], None]:
-        node = self.owner.nodes[take.number]
-
-        def see(gradients: tuple[Tensor | None, ...]) -> None:
-            g = gradients[take.nr]
-            if g is None:
-                return
-            if not torch.is_grad_enabled():
-                self.meet(take, node, g.unsqueeze(0))
-                return
-            with torch.no_grad():  # a backward that makes a graph
-                self.meet(take, node, g.detach().unsqueeze(0))
-
-        return see
-
-    def meet(self, take: Take, node: Node, G: Tensor) -> None:  # G [V, *out]
-        found = []
-        for k, slot, chain, turned in take.uses:
-            factor = take.rule.part(node, slot, G, take.layout)
-            if chain:
-                moved = factor.turned() if turned and isinstance(factor, Outer) else None
-                factor = down(tuple(self.owner._real(e) for e in chain), factor) if moved is None else moved
-            found.append((k, factor))
-        if len(found) > 1 and (self.group.metric is not None or len(G) > 1):
-            share((factor for _, factor in found), G)
-        for k, factor in found:
-            self.open[k] -= 1
-            if self.uses[k] == 1:
-                self._finish(k, factor)
-                continue
-            self.factors.setdefault(k, []).append(factor)
-            if not self.open[k]:
-                self._finish(k, total(self.factors.pop(k)))
-
-    def close(self) -> None:
-        """A parameter that was not met by all receives nothing more."""
-        for k, left in enumerate(self.open):
-            if left or not self.uses[k]:
-                found = self.factors.get(k)
-                self._finish(k, total(found) if found else None)
-
-    def _finish(self, k: int, factor: Factor | None) -> None:
-        owner, gradient = self.owner, None
-        if factor is not None and self.prepares:
-            factor.prepare(entries=self.entries)
-        if factor is not None and k in self.group.summed:
-            gradient = owner.sums[k] = factor.sum().to(owner.params[k].dtype)
-        for number, q in self.group.asked:
-            try:
-                owner.made[k][number] = q.reduce(self._received(k, number, q, factor, gradient))
-            except HookjacError as error:
-                raise HookjacError(f"{q.name} of parameter {owner.passage.names[k]!r}: {error}") from error
-
-    def _received(self, k: int, number: int, q: Quantity, factor: Factor | None, gradient: Tensor | None) -> Received:
-        passage, group, param = self.owner.passage, self.group, self.owner.params[k]
-        N, metric = passage.N, group.metric
-        if metric is not None and not isinstance(q.wish, _CURVED):
-            metric = None
-        if factor is None:
-            return Received(param, N, N if q.subsample is None else len(q.subsample), passage.out_shape)
-        if q.subsample is None and not group.rows:
-            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient)
-        if number in group.rows:
-            factor = factor.columns(group.rows[number])
-        if q.subsample is None:
-            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient)
-        pick = torch.tensor(q.subsample, device=param.device)
-        pieces = ((factor.samples(pick), None if metric is None else metric[pick]),)
-        return Received(param, N, len(q.subsample), passage.out_shape, pieces)
-
-
-_CURVED = (GGN, Hessian, Sampled)
 
 
 def _zero(edge: Edge) -> Tensor:

@@ -178,7 +178,7 @@ def _retain_grad_seen(tensor: Tensor) -> None:
 @contextlib.contextmanager
 def _retaining_is_seen() -> Iterator[None]:
     """A mode would see it as well, but not inside the model, where ours steps aside."""
-    torch.Tensor.retain_grad = _retain_grad_seen  # type: ignore[method-assign]
+    torch.Tensor.retain_grad = _retain_grad_seen  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -26,11 +26,11 @@ PACKAGE = ROOT / "hookjac"
 
 # each may import only from those before it; the files of a folder share a place
 ORDER = [
-    "errors", "switches", "memory", "gemm", "deliver", "ways", "samples", "members", "mended", "graph", "checkpoints",
-    "progress", "products", "factor", "rule", "places", "layers", "tape", "watch", "described", "route",
+    "errors", "switches", "memory", "gemm", "ways", "samples", "members", "mended", "graph", "checkpoints",
+    "progress", "products", "factor", "deliver", "rule", "places", "layers", "tape", "watch", "described", "route",
     "structure", "uses", "kinks", "loss", "plan", "gathering", "handover", "operator", "kronecker", "structured",
     "jacobian", "quantity", "limits", "head", "curvature", "roads", "seeds", "engine", "explain", "passage",
-    "passing", "extend", "accumulate", "", "testing", "demo", "__main__",
+    "reading", "passing", "extend", "accumulate", "", "testing", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity"]
 

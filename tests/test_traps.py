@@ -462,7 +462,7 @@ def test_retained_gradients_are_the_users(inside: bool, monkeypatch: pytest.Monk
     for quantity in ALL:
         _check_retained(quantity, inside)
     # where ours are delivered, a backward that carries nothing but frees the graph would leave them empty
-    monkeypatch.setattr("hookjac.passing._DELIVERY", -1e9)
+    monkeypatch.setattr("hookjac.deliver._DELIVERY", -1e9)
     monkeypatch.setattr("hookjac.passing._IN_ENGINE", 1e9)
     for quantity in ("jac", "ggn_diag", "kfac", "grad_sample"):
         _check_retained(quantity, inside)
