@@ -15,6 +15,7 @@ from benchmarks.workloads import Job
 
 SECONDS, ROUNDS = 4.0, (3, 300)  # for a cell; the fewest and the most rounds
 LONG = 0.1  # seconds of a step that needs no warming up
+ROUNDING = 64 * torch.finfo(torch.float32).eps  # of the largest entry: what two orders of one sum may differ by
 
 
 def synchronise() -> None:

@@ -98,6 +98,6 @@ def test_many_products(benchmark: Any, size: int, road: str) -> None:
         return out
 
     product = one_by_one if road == "one by one" else lambda: W @ X
-    torch.testing.assert_close(product().double(), W.double() @ X.double(), rtol=1e-4, atol=1e-4)
+    checked(lambda *_: product(), W, X)
     benchmark.group = f"64 products of [{size}, {size}]"
     benchmark.pedantic(product, rounds=20, warmup_rounds=2)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.measure import ROUNDING
 from hookjac import KFAC, Kronecker, extend
 
 ASKED: dict[str, Callable[[], Any]] = {
@@ -48,7 +49,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, Kronecker):
         return same(a.B, b.B) and ((a.A is None and b.A is None) or same(a.A, b.A))
     a, b = a[:2], b[:2]  # of a Jacobian, which stays factors, a few samples will do
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
+    return torch.allclose(a, b, rtol=0, atol=ROUNDING * b.abs().max().item())
 
 
 @pytest.mark.parametrize("asked", ["plain", *ASKED, "together"])
