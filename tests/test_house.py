@@ -30,9 +30,9 @@ ORDER = [
     "progress", "products", "factor", "deliver", "rule", "places", "layers", "tape", "watch", "described", "route",
     "structure", "uses", "kinks", "loss", "plan", "gathering", "handover", "operator", "kronecker", "structured",
     "jacobian", "quantity", "limits", "head", "curvature", "roads", "seeds", "engine", "explain", "passage",
-    "reading", "passing", "extend", "accumulate", "", "testing", "demo", "__main__",
+    "reading", "passing", "extend", "accumulate", "", "clients", "optim", "testing", "demo", "__main__",
 ]  # fmt: skip
-FOLDERS = ["factor", "layers", "quantity"]
+FOLDERS = ["factor", "layers", "quantity", "clients", "optim"]
 
 
 def run(*command: str, **more: object) -> subprocess.CompletedProcess[str]:
@@ -88,7 +88,10 @@ def test_the_library_needs_torch_and_einops_only() -> None:
     allowed = {"torch", "einops", "hookjac", *sys.stdlib_module_names}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)) and path.name not in late:
+            bridge = (
+                path.parent.name == "clients" and path.name != "__init__.py"
+            )  # imported by those who have the other end
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and path.name not in late and not bridge:
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 assert {n.split(".")[0] for n in names} <= allowed, f"{path.name} imports {names} at the top"
 
@@ -117,8 +120,10 @@ def test_only_the_library_is_installed() -> None:
     include = setup_cfg()["options.packages.find"]["include"].split()
     assert sorted(find_packages(str(ROOT), include=include)) == [
         "hookjac",
+        "hookjac.clients",
         "hookjac.factor",
         "hookjac.layers",
+        "hookjac.optim",
         "hookjac.quantity",
     ]
 
@@ -187,10 +192,11 @@ def test_own_rule_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_readme_commands() -> None:
-    demo, tests = blocks("sh")
+    demo, tests, clients = blocks("sh")
     assert demo.rstrip().endswith("python -m hookjac")
     assert tests.rstrip().endswith("python -m pytest -q -n 2")
-    for command, extra in ((demo, "demo"), (tests, "test")):
+    assert clients.rstrip().endswith("python -m pytest -q -n 2 tests/clients")
+    for command, extra in ((demo, "demo"), (tests, "test"), (clients, "test,clients")):
         assert command.startswith("python3 -m venv ")
         assert f"-c constraints.txt -e '.[{extra}]'" in command
     ci = (ROOT / ".ci" / "run").read_text()
