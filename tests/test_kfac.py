@@ -387,6 +387,58 @@ def test_corrected_eigenvalues_are_the_curvature_in_that_basis(name: str) -> Non
     assert (found.to_dense() - block).norm() <= (plain.to_dense() - block).norm() * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("name", [*NETS, "table"])
+def test_corrected_in_a_basis_that_is_given(name: str) -> None:
+    """A moving average's: the eigenvalues are the exact curvature's diagonal there, the source is this batch's."""
+    if name == "table":
+        model: Any = Fn(lambda m, i: m.o(torch.tanh(m.e(i)).flatten(1)), e=nn.Embedding(5, 3), o=nn.Linear(6, C))
+        x, weight = torch.randint(5, (N, 2)), model.e.weight
+    else:
+        build, shape, pick = NETS[name]
+        model, x = build(), torch.randn(N, *shape)
+        model(x)
+        weight = pick(model).weight
+    with extend(model, KFAC(fisher="exact"), "ggn_block"):
+        cross_entropy(model(x)).backward()
+    plain = {p: p.kfac for p in model.parameters()}
+    blocks = {p: p.ggn_block for p in model.parameters()}
+    with extend(model, KFAC(fisher="empirical")):  # another matrix: the basis is not the batch's own
+        cross_entropy(model(x)).backward()
+    bases = {p: p.kfac.eigen() for p in model.parameters()}
+    assert any((bases[p].Q_B - plain[p].eigen().Q_B).abs().max() > 1e-2 for p in bases)
+    with extend(model, KFAC(fisher="exact", corrected=bases)):
+        cross_entropy(model(x)).backward()
+    for p, basis in bases.items():
+        units = torch.eye(p.numel()).reshape(-1, *p.shape)
+        # a matrix whose eigenvectors are the basis, its eigenvalues apart: its eigenvectors in row-major order
+        apart = hookjac.KroneckerEigen(basis.Q_A, basis.Q_B, torch.arange(1.0, 1 + p.numel()).reshape_as(basis.values),
+                                       plain[p])  # fmt: skip
+        _, Q = torch.linalg.eigh((apart @ units).reshape(p.numel(), p.numel()))
+        close(p.kfac.values.flatten(), (Q.T @ blocks[p] @ Q).diagonal(), "values")
+        close(p.kfac.source.to_dense(), plain[p].to_dense(), "source")
+    assert weight.kfac.Q_B is bases[weight].Q_B
+
+
+def test_what_has_no_factors() -> None:
+    """A large parameter that no rule explains, and a table that is a weight as well under `corrected`."""
+    model: Any = Fn(lambda m, x: x @ torch.sinc(m.w) @ torch.ones(80, C), w=par(120, 80))
+    x = torch.randn(N, 120)
+    with pytest.raises(HookjacError, match="known factors"), extend(model, KFAC(fisher="exact")):
+        random_loss(model(x)).backward()
+    with extend(model, KFAC(fisher="exact", otherwise="none")):
+        random_loss(model(x)).backward()
+    assert model.w.kfac is None
+    tied, ids = tied_table(), torch.randint(C, (N, 3))
+    with extend(tied, KFAC(fisher="exact", otherwise="none")):
+        random_loss(tied(ids)).backward()
+    assert isinstance(tied.e.weight.kfac, KroneckerSum)
+    with extend(tied, KFAC(fisher="exact", otherwise="none", corrected=True)):
+        random_loss(tied(ids)).backward()
+    assert tied.e.weight.kfac is None
+    with pytest.raises(ValueError, match="'refuse' or 'none'"):
+        KFAC(otherwise="skip")  # type: ignore[arg-type]
+
+
 # The objects -----------------------------------------------------------------------------------------------------
 
 

@@ -210,6 +210,30 @@ def test_square_roots(name: str) -> None:
         close(S.T @ S, p.ggn_block, key)
 
 
+@pytest.mark.parametrize("name", ["MLP", "CNN", "transformer", "bare"])
+def test_square_roots_in_factors(name: str) -> None:
+    case = MODELS[name]
+    model, x = case.build(), case.inputs()
+    model.unused = nn.Parameter(torch.ones(2))  # type: ignore[assignment]
+    with extend(model, "ggn_sqrt", "ggn_mp") as ext:
+        nn.functional.cross_entropy(model(x), torch.tensor([0, 2, 1, 1])).backward()
+        P = ext.ggn.shape[0]
+        wanted = ext.ggn @ torch.eye(P)
+    dense = {key: p.ggn_sqrt for key, p in trainable(model).items()}
+    with extend(model, hookjac.GGNSqrt(structured=True)):
+        nn.functional.cross_entropy(model(x), torch.tensor([0, 2, 1, 1])).backward()
+    parts = {key: p.ggn_sqrt for key, p in trainable(model).items()}
+    for key, part in parts.items():
+        assert isinstance(part, hookjac.JacTensor)
+        close(part.to_dense(), dense[key].transpose(0, 1), key)
+    assert parts.pop("unused").shape == (N, 0, 2)
+    W = hookjac.Jacobian(parts)
+    kept = torch.cat([torch.full((p.numel(),), key in parts) for key, p in trainable(model).items()])
+    v = torch.randn(int(kept.sum()))
+    close(W.T @ (W @ v), wanted[kept][:, kept] @ v, "product")
+    close(W.gram().reshape(W.shape[0], -1), W.to_dense() @ W.to_dense().T, "gram")
+
+
 def test_no_square_root_of_what_is_not_convex() -> None:
     model = mlp()
     with pytest.raises(HookjacError, match=r"ggn_sqrt of parameter '\d\.\w+': the loss is not convex"):

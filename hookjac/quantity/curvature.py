@@ -8,6 +8,7 @@ from torch import Tensor
 from hookjac.errors import HookjacError
 from hookjac.quantity.gradient import Samples
 from hookjac.quantity.record import GGN, Adds, Hessian, Quantity, Received, Road, Sampled, Wish, chosen
+from hookjac.structured import JacTensor, zero
 
 _BLOCK = 1 << 28  # entries of a block: two gigabytes in float64
 
@@ -78,7 +79,11 @@ def HessDiagSample(*, road: Road = "auto", flop_limit: float = 1e17, subsample: 
 
 
 def GGNSqrt(
-    *, samples: int | None = None, generator: torch.Generator | None = None, subsample: Samples = None
+    *,
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+    structured: bool = False,
+    subsample: Samples = None,
 ) -> Quantity:
     """`p.ggn_sqrt` [V, N, *p]: S with G = sum over v and n of s sᵀ for this parameter's block, exact to rounding.
 
@@ -86,19 +91,27 @@ def GGNSqrt(
     ones, unbiased (see `GGNDiagMC`). Of the data's part of the loss: a penalty has no place in it. Needs a loss that is
     convex in the outputs. Units: sqrt(loss) / parameter. Cost: C (or `samples`) backwards, and writing V N times the
     parameters.
+
+    structured: instead a `JacTensor` [N, V, *p], samples first as in `jac`, kept as its factors, so that none of that
+    size is written. `hookjac.Jacobian({name: p.ggn_sqrt, ...})` is the root of the whole matrix as an operator W
+    [N V, P]: the Gauss-Newton matrix is W.T @ W, and W.gram() has its eigenvalues. A parameter that the loss does not
+    reach has V = 0 columns.
     """
     wish: Wish = GGN() if samples is None else Sampled(samples, generator)
 
     def reduce(got: Received) -> Tensor:
         if not got.pieces:
-            return got.zeros(0, got.M)
+            return zero(got.param, got.M, torch.Size([0])) if structured else got.zeros(0, got.M)
         factor, metric = got.pieces[0]
         assert metric is not None
-        return factor.mix(_root(metric)).dense().to(got.param.dtype).contiguous()
+        factor = factor.mix(_root(metric))
+        if structured:
+            return JacTensor(factor, torch.Size([factor.V]), got.param.dtype)
+        return factor.dense().to(got.param.dtype).contiguous()
 
     return Quantity(name="ggn_sqrt", columns=wish, reduce=reduce, subsample=chosen(subsample),
-                    entries=lambda M, C, P: M * P * (C if samples is None else samples),
-                    instead="jac is the same in factors; samples= gives fewer, random columns.")  # fmt: skip
+                    entries=None if structured else lambda M, C, P: M * P * (C if samples is None else samples),
+                    instead="structured=True keeps its factors; samples= gives fewer, random columns.")  # fmt: skip
 
 
 def _root(metric: Tensor) -> Tensor:  # [N, V] or [N, V, V] -> R of the same shape with M = Rᵀ R

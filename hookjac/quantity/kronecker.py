@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ def KFAC(
     samples: int = 1,
     generator: torch.Generator | None = None,
     sharing: Literal["expand", "reduce"] = "expand",
-    corrected: bool = False,
+    corrected: bool | Mapping[Tensor, KroneckerEigen] = False,
+    otherwise: Literal["refuse", "none"] = "refuse",
     subsample: Samples = None,
 ) -> Quantity:
     """`p.kfac`, a `Kronecker(A, B)`: the parameter's curvature, approximately B (x) A in row-major order.
@@ -39,7 +41,10 @@ def KFAC(
     2017; for parameters used once).
     sharing: where a weight is used at L positions, "expand" takes positions for samples, "reduce" adds them up first
     (Eschenhagen et al. 2023). corrected: `p.kfac` is a `KroneckerEigen` whose eigenvalues are the diagonal of the exact
-    curvature in the eigenvectors' basis (EKFAC, George et al. 2018).
+    curvature in the eigenvectors' basis (EKFAC, George et al. 2018). That basis is the batch's own; or, for parameters
+    in a mapping, the one given there (say, of a moving average of the factors: `p.kfac.source` has this batch's).
+    otherwise: what becomes of a parameter whose curvature has no such factors and is too large as a block: an error, or
+    None for `p.kfac`.
 
     Exact for one sample without shared positions, and for linear nets under a quadratic loss; else an approximation,
     for the block is a sum of products and not a product of sums. Units: B loss /
@@ -51,22 +56,30 @@ def KFAC(
         raise ValueError(f"fisher must be one of {', '.join(map(repr, wishes))}, got {fisher!r}")
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}")
+    if otherwise not in ("refuse", "none"):
+        raise ValueError(f"otherwise must be 'refuse' or 'none', got {otherwise!r}")
+    bases = {id(p): basis for p, basis in corrected.items()} if isinstance(corrected, Mapping) else {}
+    correct = corrected is not False
 
-    def reduce(got: Received) -> Kronecker | KroneckerEigen | KroneckerSum:
+    def reduce(got: Received) -> Kronecker | KroneckerEigen | KroneckerSum | None:
         if len(got.pieces) > 1:
             raise HookjacError("kfra is defined for parameters that are used once. Use fisher='exact' or 'mc'.")
         if not got.pieces:
-            return _nothing(got, corrected)
+            return _nothing(got, correct)
         factor, metric = got.pieces[0]
+        if otherwise == "none" and not _has_factors(factor, got.param):
+            return None
         if isinstance(factor, Sum):
-            if corrected:
+            if correct:
+                if otherwise == "none":
+                    return None
                 raise HookjacError(
                     "it is used in ways of different form (a table that is a weight as well), so that its factors are "
                     "a sum of Kronecker products, which has no eigenvectors of that form. Use corrected=False."
                 )
             return KroneckerSum(tuple(_factored(part, metric, got.param, sharing == "reduce") for part in factor.parts))
         found = _factored(factor, metric, got.param, sharing == "reduce")
-        return _correct(found, factor, metric) if corrected else found
+        return _correct(found, factor, metric, bases.get(id(got.param))) if correct else found
 
     power = 2 if fisher == "empirical" else 1
     adds = Adds(powers=(0, 0, power), split=_split, join=_join, label=f"{fisher} {sharing}")
@@ -76,7 +89,7 @@ def KFAC(
         reduce=reduce,
         subsample=chosen(subsample),
         # each batch has eigenvectors of its own, and averages of averages are no average
-        adds=None if corrected or fisher == "kfra" else adds,
+        adds=None if correct or otherwise == "none" or fisher == "kfra" else adds,
     )
 
 
@@ -97,6 +110,13 @@ def _join(note: dict[str, Any], sums: list[Tensor], N: int) -> Any:
     A, rows, B = sums
     A = A / max(1.0, rows.item())
     return Kronecker(None if note["biased"] else A, B, torch.Size(note["shape"]), note["swapped"], int(rows))
+
+
+def _has_factors(factor: Factor, param: Tensor) -> bool:
+    if isinstance(factor, Sum):
+        return all(_has_factors(part, param) for part in factor.parts)
+    sided = isinstance(factor, Outer) or (isinstance(factor, Lookup) and factor.g.shape[2] > 1)
+    return sided or param.numel() <= _SMALL
 
 
 def _factored(factor: Factor, metric: Tensor | None, param: Tensor, reduce: bool) -> Kronecker:
@@ -130,10 +150,12 @@ def _nothing(got: Received, corrected: bool) -> Kronecker | KroneckerEigen:
     return found.eigen() if corrected else found
 
 
-def _correct(found: Kronecker, factor: Factor, metric: Tensor | None) -> KroneckerEigen:
-    eigen = found.eigen()
+def _correct(found: Kronecker, factor: Factor, metric: Tensor | None, basis: KroneckerEigen | None) -> KroneckerEigen:
+    eigen = found.eigen() if basis is None else replace(basis, source=found)
     if found.A is None:
-        return eigen  # its eigenvalues are those of the exact block
+        if basis is None:
+            return eigen  # its eigenvalues are those of the exact block
+        return replace(eigen, values=(basis.Q_B * (found._b @ basis.Q_B)).sum(1).unsqueeze(2))
     assert isinstance(factor, (Outer, Lookup))
     turned = factor.rotated(eigen.Q_A, eigen.Q_B)
     weights = torch.ones(factor.N, factor.V, dtype=eigen.values.dtype, device=eigen.values.device)
