@@ -1,0 +1,166 @@
+"""Steps by the whole generalised Gauss-Newton matrix G, never built: through its N C-sized kernel, or by products.
+
+N samples · V columns of the loss's root, C or fewer · P entries of all parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hookjac
+from hookjac.optim.curved import Closure, Curved, demand
+
+
+class GaussNewton(Curved):
+    """Levenberg and Marquardt's method: (G + damping) d = -g, solved exactly in the space of the outputs.
+
+    With W [N V, P] the root of G = Wᵀ W, d = -(g - Wᵀ (W Wᵀ + damping)⁻¹ W g) / damping (Woodbury): one Cholesky of the
+    kernel W Wᵀ [N V, N V], and W only as its factors. What rounding spoils at small damping, `refine` corrections
+    mend. Given a closure, a step that raises the loss is taken back and tried again under more damping, up to `tries`
+    times, and the damping follows how well the quadratic model foretold the loss; without one it stays.
+
+    Penalties on the parameters are in g, not in G. Needs a loss that is convex in the outputs. Cost: C backwards, N² V²
+    inner products, (N V)³ / 3; and a closure for each try.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 1.0,
+        damping: float = 1e-2,
+        least_damping: float = 1e-8,
+        tries: int = 5,
+        refine: int = 1,
+    ) -> None:
+        demand(lr=lr, refine=refine)
+        if not (damping > 0 and least_damping > 0):
+            raise ValueError(f"damping and least_damping must be positive, got {damping} and {least_damping}")
+        if tries < 1:
+            raise ValueError(f"tries must be positive, got {tries}")
+        super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping})
+        self.tries, self.refine = tries, refine
+
+    def wanted(self) -> list[hookjac.Quantity]:
+        return [hookjac.GGNSqrt(structured=True)]
+
+    def update(self, loss: Tensor | None, closure: Closure | None) -> None:
+        found = list(self.moving())
+        met = {p: p.ggn_sqrt for _, p in found if p.ggn_sqrt.shape[1]}  # type: ignore[attr-defined]
+        W = hookjac.Jacobian({str(k): root for k, root in enumerate(met.values())}) if met else None
+        g = {p: p.grad.clone() for _, p in found if p.grad is not None}  # a closure puts others in their place
+        K = None if W is None else W.gram().reshape(W.shape[0], -1)
+        for _ in range(self.tries):
+            d = self._solved(W, K, g, list(met), self.param_groups[0]["damping"])
+            move = {p: group["lr"] * d[p] for group, p in found}
+            if loss is None or closure is None:
+                for p, t in move.items():
+                    p.add_(t)
+                return
+            bend = 0.0 if W is None else (W @ _flat(move, met)).square().sum()
+            slope = sum((g[p] * t).sum() for p, t in move.items())
+            if self.attempt(move, float(slope + bend / 2), loss.item(), closure):
+                return
+
+    def _solved(
+        self,
+        W: hookjac.Jacobian | None,
+        K: Tensor | None,
+        g: dict[nn.Parameter, Tensor],
+        met: list[nn.Parameter],
+        damping: float,
+    ) -> dict[nn.Parameter, Tensor]:
+        d = {p: -t / damping for p, t in g.items()}  # all there is where G is zero
+        if W is None or K is None:
+            return d
+        root = torch.linalg.cholesky(K + damping * torch.eye(len(K), dtype=K.dtype, device=K.device))
+
+        def solve(v: Tensor) -> Tensor:
+            return (v - W.T @ torch.cholesky_solve((W @ v).unsqueeze(1), root).squeeze(1)) / damping
+
+        right = -_flat(g, met)
+        x = solve(right)
+        for _ in range(self.refine):
+            x = x + solve(right - W.T @ (W @ x) - damping * x)
+        for p, t in zip(met, x.split([p.numel() for p in met]), strict=True):
+            d[p] = t.view_as(p)
+        return d
+
+
+def _flat(tensors: dict[nn.Parameter, Tensor], params: Iterable[nn.Parameter]) -> Tensor:
+    return torch.cat([tensors[p].reshape(-1) for p in params])
+
+
+class NaturalGradient(Curved):
+    """(G + damping) d = -g by conjugate gradients on products with G: Hessian-free optimization (Martens 2010).
+
+    G is the generalised Gauss-Newton matrix of the batch, which for cross entropy of logits is the Fisher information,
+    so that d is the natural gradient. At most `iterations` products a step; fewer, once the residual is `tolerance` of
+    the gradient. They start from `keep` times the last step. Given a closure, a step that raises the loss is taken
+    back, and the damping follows how well the quadratic model foretold the loss; without one it stays.
+
+    Penalties are part of G. Cost: three backwards for each product; and a closure.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 1.0,
+        damping: float = 1e-1,
+        least_damping: float = 1e-8,
+        iterations: int = 20,
+        tolerance: float = 1e-3,
+        keep: float = 0.9,
+    ) -> None:
+        demand(lr=lr, damping=damping, tolerance=tolerance, keep=keep)
+        if iterations < 1:
+            raise ValueError(f"iterations must be positive, got {iterations}")
+        super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping})
+        self.iterations, self.tolerance, self.keep = iterations, tolerance, keep
+
+    def wanted(self) -> list[hookjac.Quantity]:
+        return [hookjac.GGNMP()]
+
+    def update(self, loss: Tensor | None, closure: Closure | None) -> None:
+        assert self.ext is not None
+        G, damping = self.ext.ggn, self.param_groups[0]["damping"]
+        g = self.place({p: p.grad for _, p in self.moving() if p.grad is not None})
+        moves = self.place({p: torch.ones_like(p) for _, p in self.moving()})  # the others stay where they are
+        start = self.place({p: self.keep * self.state[p]["step"] for _, p in self.moving() if "step" in self.state[p]})
+        d = self._conjugate(lambda v: moves * (G @ v) + damping * v, -g, start)
+        for p, t in self.take(d).items():
+            self.state[p]["step"] = t.clone()
+        lr = self.place({p: torch.full_like(p, group["lr"]) for group, p in self.moving()})
+        move = self.take(lr * d)
+        if loss is None or closure is None:
+            for p, t in move.items():
+                p.add_(t)
+            return
+        v = lr * d
+        if not self.attempt(move, float(g @ v + v @ (G @ v) / 2), loss.item(), closure):
+            for p in move:
+                del self.state[p]["step"]
+
+    def _conjugate(self, product: Any, b: Tensor, x: Tensor) -> Tensor:
+        r = b - product(x)
+        d, size = r, r @ r
+        enough = (self.tolerance * b).square().sum()
+        for _ in range(self.iterations):
+            if size <= enough:
+                break
+            Ad = product(d)
+            bend = d @ Ad
+            if not bend > 0:
+                break  # rounding, or a direction without curvature: further would be nowhere
+            step = size / bend
+            x, r = x + step * d, r - step * Ad
+            before, size = size, r @ r
+            d = r + size / before * d
+        return x

@@ -1,0 +1,160 @@
+"""Steps by Kronecker-factored curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import hookjac
+from hookjac.optim.curved import Closure, Curved, demand
+
+
+class KFAC(Curved):
+    """K-FAC and EKFAC (Martens & Grosse 2015; George et al. 2018).
+
+    A step is d = F⁻¹ g with momentum, F the `Kronecker` of each parameter, a moving average of those of the batches.
+    `inverse_every` steps share an inverse, under damping that is split between the two factors (their pi). With
+    `corrected` F has the average's eigenvectors, and in that basis a moving average of the exact curvature's diagonal;
+    then damping is added to the eigenvalues. weight and bias of a layer are two blocks.
+
+    decay: of the moving averages. fisher, sharing: as for `hookjac.KFAC`. clip: steps are scaled so that lr² gᵀ d, what
+    the model says they change the output distribution by, is at most that (Ba et al. 2017); 0: they are not.
+    weight_decay: decoupled, as in AdamW. adapt_every: every so many steps the damping follows Levenberg and Marquardt,
+    which takes a closure, a product with the Gauss-Newton matrix and one more evaluation; 0: it stays.
+
+    A parameter without a pair of factors (none known, or a sum of pairs: a table that is the last layer, too) takes a
+    step of Adam instead, of length `other_lr`. The first axis of the output has to be samples: see `hookjac.extend`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        decay: float = 0.95,
+        inverse_every: int = 10,
+        corrected: bool = False,
+        fisher: Literal["mc", "exact", "empirical"] = "mc",
+        sharing: Literal["expand", "reduce"] = "expand",
+        clip: float = 1e-3,
+        weight_decay: float = 0.0,
+        adapt_every: int = 0,
+        least_damping: float = 1e-8,
+        other_lr: float = 1e-3,
+    ) -> None:
+        demand(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
+        if not (0 <= momentum < 1 and 0 <= decay < 1):
+            raise ValueError(f"momentum and decay must be at least 0 and less than 1, got {momentum} and {decay}")
+        if inverse_every < 1 or adapt_every < 0:
+            raise ValueError(f"expected inverse_every > 0 and adapt_every >= 0, got {inverse_every} and {adapt_every}")
+        super().__init__(model, params, {
+            "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "other_lr": other_lr,
+            "least_damping": least_damping, "steps": 0,
+        })  # fmt: skip
+        self.decay, self.inverse_every, self.adapt_every, self.clip = decay, inverse_every, adapt_every, clip
+        self.corrected, self.fisher, self.sharing = corrected, fisher, sharing
+
+    def wanted(self) -> list[hookjac.Quantity]:
+        bases = {p: self._basis(s) for p, s in self.state.items() if "Q_B" in s}
+        factors = hookjac.KFAC(
+            fisher=self.fisher, sharing=self.sharing, corrected=bases if self.corrected else False, otherwise="none"
+        )
+        return [factors, hookjac.GGNMP()] if self._adapts() else [factors]
+
+    @staticmethod
+    def _basis(state: dict[str, Any]) -> hookjac.KroneckerEigen:
+        source = hookjac.Kronecker(None, state["B"], torch.Size())
+        return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], state["values"], source)
+
+    def update(self, loss: Tensor | None, closure: Closure | None) -> None:
+        renew = self.param_groups[0]["steps"] % self.inverse_every == 0
+        move: dict[nn.Parameter, Tensor] = {}
+        directions: list[tuple[dict[str, Any], nn.Parameter, Tensor]] = []
+        pulls = 0.0
+        for group, p in self.moving():
+            assert p.grad is not None
+            found, state = getattr(p, "kfac", None), self.state[p]
+            if found is None or isinstance(found, hookjac.KroneckerSum):
+                move[p] = -group["other_lr"] * _adam(state, p.grad) - group["lr"] * group["weight_decay"] * p
+                continue
+            self._learn(state, found, group["damping"], renew)
+            d = self._solved(state, p.grad, group["damping"])
+            directions.append((group, p, d))
+            pulls += group["lr"] ** 2 * float((d * p.grad).sum())
+        scale = min(1.0, math.sqrt(self.clip / pulls)) if self.clip and pulls > 0 else 1.0
+        for group, p, d in directions:
+            velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+            velocity.mul_(group["momentum"]).add_(d, alpha=scale)
+            move[p] = -group["lr"] * (velocity + group["weight_decay"] * p)
+        adapts = self._adapts()
+        for group in self.param_groups:
+            group["steps"] += 1
+        if adapts:
+            self._try(move, loss, closure)
+            return
+        for p, step in move.items():
+            p.add_(step)
+
+    def _adapts(self) -> bool:
+        return self.adapt_every > 0 and (self.param_groups[0]["steps"] + 1) % self.adapt_every == 0
+
+    def _try(self, move: dict[nn.Parameter, Tensor], loss: Tensor | None, closure: Closure | None) -> None:
+        if loss is None or closure is None:
+            raise hookjac.HookjacError(
+                "KFAC(adapt_every=...) has to evaluate the loss after a step: use optimizer.step(closure)."
+            )
+        assert self.ext is not None
+        v = self.place(move)
+        g = self.place({p: p.grad for _, p in self.moving() if p.grad is not None})
+        if not self.attempt(move, float(g @ v + v @ (self.ext.ggn @ v) / 2), loss.item(), closure):
+            for p in move:
+                self.state[p].pop("velocity", None)
+
+    def _learn(self, state: dict[str, Any], found: Any, damping: float, renew: bool) -> None:
+        """The moving averages of the factors (and of the eigenvalues), and what is made of them."""
+        new = found.source if self.corrected else found
+        if "B" in state:
+            old = hookjac.Kronecker(state["A"], state["B"], new.shape, new.swapped).lerp(new, 1 - self.decay)
+            state.update(A=old.A, B=old.B)
+        else:
+            state.update(A=new.A, B=new.B, swapped=new.swapped)
+        average = hookjac.Kronecker(state["A"], state["B"], new.shape, new.swapped)
+        if not self.corrected:
+            if renew or "B_inverse" not in state:
+                inverse = average.inverse(damping)
+                state.update(A_inverse=inverse.A, B_inverse=inverse.B)
+            return
+        if "Q_B" not in state:
+            state.update(Q_A=found.Q_A, Q_B=found.Q_B, values=found.values)
+            return
+        values = torch.lerp(state["values"], found.values, 1 - self.decay)
+        if renew:  # the diagonal of the same matrix in the new basis
+            basis = average.eigen()
+            turn = (basis.Q_B.mT @ state["Q_B"]).square()
+            values = turn @ values
+            if basis.Q_A is not None:
+                values = values @ (basis.Q_A.mT @ state["Q_A"]).square().mT
+            state.update(Q_A=basis.Q_A, Q_B=basis.Q_B)
+        state["values"] = values
+
+    def _solved(self, state: dict[str, Any], g: Tensor, damping: float) -> Tensor:
+        if not self.corrected:
+            return hookjac.Kronecker(state["A_inverse"], state["B_inverse"], g.shape, state["swapped"]) @ g
+        source = hookjac.Kronecker(state["A"], state["B"], g.shape, state["swapped"])
+        return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], state["values"], source).solve(g, damping)
+
+
+def _adam(state: dict[str, Any], g: Tensor) -> Tensor:
+    """The direction of Adam with its usual constants (Kingma & Ba 2015)."""
+    first, second = (state.setdefault(key, torch.zeros_like(g)) for key in ("first", "second"))
+    state["seen"] = state.get("seen", 0) + 1
+    first.lerp_(g, 0.1)
+    second.lerp_(g.square(), 0.001)
+    return first / (1 - 0.9 ** state["seen"]) / ((second / (1 - 0.999 ** state["seen"])).sqrt() + 1e-8)
