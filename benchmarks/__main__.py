@@ -5,6 +5,7 @@ python -m benchmarks -k "mlp and jac"   some, printed only
 python -m benchmarks --show             the committed results again
 python -m benchmarks --growth           how time and memory grow (benchmarks.growth)
 python -m benchmarks --profile          what the dearest cells spend their time on (benchmarks.profiles)
+python -m benchmarks --training         the optimizers on real data (benchmarks.training)
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import growth, profiles, report
+from benchmarks import growth, profiles, report, training
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PICTURES, PAGE = HERE / "results", HERE.parent / "docs" / "pictures", HERE.parent / "docs" / "performance.md"
+OPTIMIZERS = HERE.parent / "docs" / "optimizers.md"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "backpack-for-pytorch", "opacus", "transformers", "hookjac")
 
@@ -61,14 +63,17 @@ def timed(selection: str | None) -> report.Results:
 @click.option("-k", "selection", help="Which cells, as pytest's -k has it; these are printed, not written.")
 @click.option("--growth", "grows", is_flag=True, help="Exponents of time and memory, instead of the table.")
 @click.option("--profile", "profiled", is_flag=True, help="Shares of the dearest cells' time, instead of the table.")
+@click.option("--training", "trains", is_flag=True, help="Optimizers on real data, instead of the table.")
 @click.option("--show", is_flag=True, help="Print the committed results and draw them again; nothing is timed.")
-def main(selection: str | None, grows: bool, profiled: bool, show: bool) -> None:
-    if (selection is not None) + grows + profiled > 1:
-        raise click.UsageError("-k, --growth and --profile exclude each other: only the table has cells to pick")
+def main(selection: str | None, grows: bool, profiled: bool, trains: bool, show: bool) -> None:
+    if (selection is not None) + grows + profiled + trains > 1:
+        raise click.UsageError("-k, --growth, --profile and --training exclude each other: only the table has cells")
     if grows:
         return growing(show)
     if profiled:
         return profiling(show)
+    if trains:
+        return training_all(show)
     if selection is not None and show:
         raise click.UsageError("--show prints all cells; -k is for timing some")
     path = RESULTS / f"{DEVICE}.json"
@@ -98,6 +103,15 @@ def profiling(show: bool) -> None:
     profiles.print_table(found)
     profiles.save(found, path)
     profiles.write_page(found, PAGE)
+
+
+def training_all(show: bool) -> None:
+    path = RESULTS / f"training-{DEVICE}.json"
+    found = training.load(path) if show else training.Training(machine(), training.all_of_it())
+    training.print_table(found)
+    training.save(found, path)
+    training.draw(found, PICTURES / "training.png")
+    training.write_page(found, OPTIMIZERS)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from hookjac.quantity.record import GGN, Hessian, Loss, Output, Quantity, Sample
 from hookjac.reading import Group, Reading
 from hookjac.samples import Layout
 from hookjac.seeds import places_of, wanted_rows
+from hookjac.switches import QUIET_VMAP
 from hookjac.watch import Start
 
 Quiet = Callable[[], contextlib.AbstractContextManager[None]]
@@ -200,7 +201,8 @@ class Pass:
             if join is not None:
                 made = [(o.below, fitted(join(node, here, o.shape), o.shape, o.dtype, 1)) for o in on]
             elif len(made) < len(on):  # all have one, or none
-                found = pull(node, here, [o.slot for o in on])
+                with QUIET_VMAP:
+                    found = pull(node, here, [o.slot for o in on])
                 made = [(o.below, found[o.slot]) for o in on]
             del here
             for below, t in made:

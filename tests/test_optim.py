@@ -5,10 +5,13 @@ P entries of all parameters · N samples · C outputs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 import hookjac
 from hookjac import HookjacError, optim
 
+ROOT = Path(__file__).resolve().parents[1]
 Y = torch.tensor([0, 2, 1, 1])
 MAKE: dict[str, Callable[..., optim.Curved]] = {
     "KFAC": lambda m, *a, **k: optim.KFAC(m, *a, fisher="exact", **k),
@@ -558,3 +562,14 @@ def test_adams_step_for_what_has_no_factors() -> None:
         optimizer.step()
         adam.step()
         close(table.detach(), copied.detach(), "table")
+
+
+def test_the_page_runs() -> None:
+    torch.set_default_dtype(torch.float32)
+    said, names = io.StringIO(), {"__name__": "page"}
+    with contextlib.redirect_stdout(said):
+        for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "optimizers.md").read_text(), re.S):
+            exec(snippet, names)
+    losses = dict(line.split() for line in said.getvalue().splitlines())
+    assert set(losses) == {"KFAC", "DiagonalNewton", "Cautious"}
+    assert float(losses["KFAC"]) < 0.6

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -533,6 +535,22 @@ def test_no_entry_stays_in_the_tables_of_torch() -> None:
             ext.model(torch.randn(N, D)).sum().backward()
     assert [len(t) for t in tables] == before
     assert warnings.filters == filters
+
+
+def test_kernels_that_vmap_loops_over_are_our_own_affair() -> None:
+    """PyTorch tells of each once in a process: a fresh one, in which a warning is an error."""
+    program = """
+import torch, hookjac
+from torch import nn
+a = nn.MultiheadAttention(8, 2, batch_first=True)
+x = torch.randn(4, 5, 8)
+for asked in ("ggn_diag", "jac", "kfac", "hess_diag"):
+    for _ in range(3):
+        with hookjac.extend(a, asked, output=0):
+            a(x, x, x, need_weights=False)[0].square().sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_results_of_the_last_step_do_not_survive_an_error() -> None:
