@@ -472,6 +472,11 @@ def test_misuse(name: str) -> None:
 
     with pytest.raises(RuntimeError, match="boom"):
         optimizer.step(broken)
+    with pytest.raises(HookjacError, match=r"no backward of all its parameters in its block"):
+        optimizer.step(lambda: F.cross_entropy(model(x), Y))  # there are gradients, but of before
+    optimizer.zero_grad()
+    with pytest.raises(HookjacError, match=r"no backward of all its parameters in its block"):
+        optimizer.step(lambda: F.cross_entropy(model(x), Y))
     assert torch.equal(vector(model), before)
     loss = optimizer.step(work(model, x, optimizer))  # unharmed
     assert loss is not None
@@ -494,6 +499,25 @@ def test_misuse(name: str) -> None:
 def test_bad_numbers(make: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(net())
+
+
+def test_half_precision() -> None:
+    for name in ("KFAC", "GaussNewton"):
+        with pytest.raises(HookjacError, match=r"a parameter in torch.bfloat16.*autocast"):
+            MAKE[name](net().bfloat16())
+    model, x = net().float(), torch.randn(N, D).float()
+    for name in MAKE:
+        optimizer = MAKE[name](model)
+
+        def closure(optimizer: optim.Curved = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(x), Y)
+            loss.backward()
+            return loss
+
+        assert all(math.isfinite(float(optimizer.step(closure) or 0)) for _ in range(2)), name
+        assert bool(vector(model).isfinite().all()), name
 
 
 def test_a_curvature_that_is_no_diagonal() -> None:

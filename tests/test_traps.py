@@ -538,19 +538,27 @@ def test_no_entry_stays_in_the_tables_of_torch() -> None:
 
 
 def test_kernels_that_vmap_loops_over_are_our_own_affair() -> None:
-    """PyTorch tells of each once in a process: a fresh one, in which a warning is an error."""
+    """PyTorch tells of each once in a process: a fresh one."""
     program = """
 import torch, hookjac
 from torch import nn
-a = nn.MultiheadAttention(8, 2, batch_first=True)
-x = torch.randn(4, 5, 8)
-for asked in ("ggn_diag", "jac", "kfac", "hess_diag"):
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    def forward(self, x):
+        q, k, v = (t(x).unflatten(2, (2, 4)).transpose(1, 2) for t in (self.q, self.k, self.v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).flatten(1)
+a, x = Attention(), torch.randn(4, 5, 8)
+for asked in ("ggn_diag", "jac", "kfac", "grad_sample"):
     for _ in range(3):
-        with hookjac.extend(a, asked, output=0):
-            a(x, x, x, need_weights=False)[0].square().sum().backward()
+        with hookjac.extend(a, asked):
+            a(x).square().sum().backward()
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "vmap" not in done.stderr
+    assert "batching rule" not in done.stderr
 
 
 def test_results_of_the_last_step_do_not_survive_an_error() -> None:

@@ -60,7 +60,9 @@ class Curved(torch.optim.Optimizer):
         if not asked:
             yield
             return
-        with hookjac.extend(self.model, *asked) as ext:
+        ext = hookjac.extend(self.model, *asked)
+        self._clear(ext)  # of a step that an error ended
+        with ext:
             yield
         self.ext = ext
 
@@ -77,18 +79,31 @@ class Curved(torch.optim.Optimizer):
                 "`with optimizer.block():`, or hand step(closure) a function that runs them."
             )
         try:
+            self._demand_results()
             with torch.no_grad():
                 self.update(loss, closure)
         finally:
             self._forget()
         return loss
 
+    def _demand_results(self) -> None:
+        moving = [p for _, p in self.moving()]
+        asked = [] if self.ext is None else [q.name for q in self.ext.quantities]
+        if not moving or any(not hasattr(p, name) for p in moving for name in asked):
+            raise hookjac.HookjacError(
+                f"{type(self).__name__}.step() found no backward of all its parameters in its block. The closure, or "
+                "the block, has to run the forward, the loss and loss.backward()."
+            )
+
     def _forget(self) -> None:
         if self.ext is not None:
-            for p in self.model.parameters():
-                for q in self.ext.quantities:
-                    vars(p).pop(q.name, None)
+            self._clear(self.ext)
         del self.ext
+
+    def _clear(self, ext: hookjac.extend) -> None:
+        for p in self.model.parameters():
+            for q in ext.quantities:
+                vars(p).pop(q.name, None)
 
     # The parameters that move, as one vector ----------------------------------------------------------------------
 
@@ -134,6 +149,17 @@ class Curved(torch.optim.Optimizer):
                 group["damping"] = max(group["damping"] / factor, group["least_damping"])
             elif not ratio >= 0.25:
                 group["damping"] *= factor
+
+
+def demand_precision(optimizer: Curved) -> None:
+    """Factorisations of matrices need more digits than half precision has."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.dtype in (torch.float16, torch.bfloat16):
+                raise hookjac.HookjacError(
+                    f"{type(optimizer).__name__} was given a parameter in {p.dtype}, too coarse to solve with. Keep "
+                    "parameters in float32, and run the forward under torch.autocast."
+                )
 
 
 def demand(**found: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim.curved import Closure, Curved, demand
+from hookjac.optim.curved import Closure, Curved, demand, demand_precision
 
 
 class GaussNewton(Curved):
@@ -44,6 +44,7 @@ class GaussNewton(Curved):
         if tries < 1:
             raise ValueError(f"tries must be positive, got {tries}")
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping})
+        demand_precision(self)
         self.tries, self.refine = tries, refine
 
     def wanted(self) -> list[hookjac.Quantity]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim.curved import Closure, Curved, demand
+from hookjac.optim.curved import Closure, Curved, demand, demand_precision
 
 
 class KFAC(Curved):
@@ -58,6 +58,7 @@ class KFAC(Curved):
             "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "other_lr": other_lr,
             "least_damping": least_damping, "steps": 0,
         })  # fmt: skip
+        demand_precision(self)
         self.decay, self.inverse_every, self.adapt_every, self.clip = decay, inverse_every, adapt_every, clip
         self.corrected, self.fisher, self.sharing = corrected, fisher, sharing
 
@@ -80,7 +81,7 @@ class KFAC(Curved):
         pulls = 0.0
         for group, p in self.moving():
             assert p.grad is not None
-            found, state = getattr(p, "kfac", None), self.state[p]
+            found, state = p.kfac, self.state[p]  # type: ignore[attr-defined]
             if found is None or isinstance(found, hookjac.KroneckerSum):
                 move[p] = -group["other_lr"] * _adam(state, p.grad) - group["lr"] * group["weight_decay"] * p
                 continue

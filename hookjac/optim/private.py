@@ -78,7 +78,9 @@ class DPSGD(Curved):
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._calls is not None and self.ext is None and torch.is_grad_enabled():
             cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-            self._calls.append(_Call(args, kwargs, torch.get_rng_state(), cuda))
+            kind = next(model.parameters()).device.type
+            cast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            self._calls.append(_Call(args, kwargs, torch.get_rng_state(), cuda, cast))
 
     def _after(self, model: nn.Module, args: Any, out: Any) -> None:
         if self._calls and self.ext is None and torch.is_grad_enabled():
@@ -150,12 +152,12 @@ class DPSGD(Curved):
 class _Call:
     """One call of the model, and what is needed for the same once more."""
 
-    def __init__(self, args: Any, kwargs: Any, cpu: Tensor, cuda: Tensor | None) -> None:
-        self.args, self.kwargs, self.cpu, self.cuda = args, kwargs, cpu, cuda
+    def __init__(self, args: Any, kwargs: Any, cpu: Tensor, cuda: Tensor | None, cast: tuple[Any, ...]) -> None:
+        self.args, self.kwargs, self.cpu, self.cuda, self.cast = args, kwargs, cpu, cuda, cast
         self.outputs: list[Tensor] = []
 
     def again(self, model: nn.Module) -> list[Tensor]:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng(), torch.enable_grad(), torch.autocast(*self.cast):
             torch.set_rng_state(self.cpu)
             if self.cuda is not None:
                 torch.cuda.set_rng_state(self.cuda)
