@@ -7,6 +7,7 @@ with hookjac.extend(model):
 
 from hookjac import layers as layers
 from hookjac.accumulate import Accumulated, accumulate, load
+from hookjac.check import check
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.jacobian import Jacobian
@@ -78,6 +79,7 @@ __all__ = [
     "Received",
     "Rule",
     "accumulate",
+    "check",
     "empty_cache",
     "extend",
     "load",

@@ -1,0 +1,145 @@
+"""`hookjac.check`: it says "ok" of what is right, on every awkward model, and "WRONG" of a rule that is."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, C, Case, D, N, random_loss
+from torch import Tensor, nn
+
+import hookjac
+from hookjac import HookjacError
+from hookjac.check import _CHECKS
+
+ROOT = Path(__file__).resolve().parents[1]
+FEW = [c for c in CASES if c.oracle is None and c.name not in ("pruned", "Embedding by frequency")]
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_models(case: Case) -> None:
+    model = case.build()
+    inputs: Any = case.kwargs() or case.inputs()
+    if case.kwargs() and case.inputs():
+        pytest.skip("positional and keyword arguments at once")
+    pick = {} if case.output is None else {"output": case.output}
+
+    def loss(out: Any) -> Tensor:
+        if callable(case.output):
+            out = case.output(out)
+        elif case.output is not None:
+            out = (
+                out[case.output] if isinstance(case.output, int) or isinstance(out, dict) else getattr(out, case.output)
+            )
+        return (case.loss or random_loss)(out)
+
+    report = hookjac.check(model, inputs, loss, "grad_sample", "jac", "ggn_diag", "grad_sample_norm", entries=2, **pick)
+    assert report.fine, report
+    assert {r.parameter for r in report.rows} == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("quantity", _CHECKS)
+def test_quantities(quantity: str) -> None:
+    model = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, C))
+    x, y = torch.randn(N, D), torch.randint(C, (N,))
+
+    def loss(out: Tensor) -> Tensor:
+        return F.cross_entropy(out, y)
+
+    report = hookjac.check(model, x, loss, quantity, entries=4)
+    assert report.fine, report
+    assert [r.quantity for r in report.rows] == [quantity] * 4
+    assert max(r.error for r in report.rows) < 1e-12
+
+
+@pytest.mark.parametrize("quantity", ["grad_sample", "grad_sample_norm", "grad_sample_gram", "ggn_diag", "ggn_block",
+                                      "ggn_mp", "hess_diag", "hess_mp", "grad_var"])  # fmt: skip
+def test_penalties(quantity: str) -> None:
+    x = torch.randn(N, D)
+    given: list[nn.Module] = []
+
+    class Penalised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            given[:] = [self]
+            return super().forward(x)
+
+    def loss(out: Tensor) -> Tensor:
+        return random_loss(out) + given[0].weight.pow(4).sum()  # type: ignore[operator]
+
+    report = hookjac.check(nn.Sequential(Penalised(D, C)), x, loss, quantity)
+    assert report.fine, report
+
+
+def test_the_users_model_is_left_alone() -> None:
+    model = nn.Linear(D, C).float()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    report = hookjac.check(model, torch.randn(N, D).float(), lambda out: out.square().sum())
+    assert report.fine
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert model.weight.dtype == torch.float32
+    assert model.weight.grad is None
+    assert not [key for key in vars(model.weight) if not key.startswith("_")]
+    torch.set_rng_state(state)
+
+
+def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hookjac.factor import Outer
+
+    real = Outer.dense
+    monkeypatch.setattr(Outer, "dense", lambda self: real(self) * 1.0001)
+    report = hookjac.check(nn.Linear(D, C), torch.randn(N, D), random_loss, "grad_sample", "ggn_diag")
+    assert not report.fine
+    wrong = {(r.parameter, r.quantity) for r in report.rows if not r.fine}
+    assert ("weight", "grad_sample") in wrong
+    assert "WRONG" in str(report)
+    assert all(0 < r.error < 1e-3 for r in report.rows if (r.parameter, r.quantity) == ("weight", "grad_sample"))
+
+
+def test_misuse() -> None:
+    model, x = nn.Linear(D, C), torch.randn(N, D)
+    with pytest.raises(ValueError, match=r"no entry-by-entry definition of 'kfac'. It knows grad_sample, "):
+        hookjac.check(model, x, random_loss, "kfac")
+    with pytest.raises(TypeError, match="takes names of quantities"):
+        hookjac.check(model, x, random_loss, hookjac.GradSample(loss_reduction="mean"))  # type: ignore[arg-type]
+    cases = {c.name: c for c in CASES}
+    for name, message in (("pruned", "cannot be copied"), ("Embedding by frequency", "forget the scale")):
+        with pytest.raises(HookjacError, match=message):
+            hookjac.check(cases[name].build(), cases[name].inputs(), random_loss)
+    with pytest.raises(ValueError, match="entries must be positive, got 0"):
+        hookjac.check(model, x, random_loss, entries=0)
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+def good():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3), lambda out: out.square().sum()
+
+def mixes():
+    return nn.Linear(3, 2), torch.randn(5, 3), lambda out: out.square().mean().sqrt()
+
+def short():
+    return nn.Linear(3, 2), torch.randn(5, 3)
+"""
+
+
+@pytest.mark.parametrize(("target", "code", "said"), [
+    ("mine:good", 0, "2.bias"), ("mine:mixes", 1, "mixes samples"), ("mine:short", 2, "a model, its inputs and a loss"),
+    ("mine:absent", 2, "'absent'"), ("nowhere:good", 2, "'nowhere'"), ("mine", 2, "module:factory"),
+])  # fmt: skip
+def test_command(target: str, code: int, said: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY)
+    command = [sys.executable, "-m", "hookjac", "check", target, "jac", "hess_diag", "--entries", "2"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
