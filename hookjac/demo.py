@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hookjac
+from hookjac import plot
+from hookjac.plot import BAD, GOOD, INK, MUTED
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid,
@@ -157,8 +159,6 @@ def table(model: nn.Module, measured: Measured, agree: dict[str, float]) -> Tabl
 
 # The picture ------------------------------------------------------------------------------------------------
 
-INK, MUTED, BAD = "#1f2933", "#8a949e", "#c2410c"
-
 
 def picture(model: nn.Sequential, data: Digits, measured: Measured, path: Path) -> None:
     """Hessian-diagonal maps, the histogram of gradient norms, and the digits that pull hardest."""
@@ -184,26 +184,17 @@ def picture(model: nn.Sequential, data: Digits, measured: Measured, path: Path) 
 
 
 def _maps(figure: Any, weights: list[tuple[str, Any]]) -> None:
-    from matplotlib.colors import SymLogNorm
-
     figure.suptitle("Exact Hessian diagonal of each weight, colours in log steps (first layer: an 8 x 8 tile a unit)",
                     fontsize=10, x=0.01, ha="left")  # fmt: skip
     axes = figure.subplots(1, len(weights), width_ratios=[1.6] + [1] * (len(weights) - 1), squeeze=False)[0]
     for k, (axis, (name, p)) in enumerate(zip(axes, weights, strict=True)):
-        h = p.hess_diag.detach()
-        shown = mosaic(h) if k == 0 else h.numpy()
-        top = max(float(h.abs().max()), 1e-12)
-        image = axis.imshow(shown, cmap="RdBu_r", norm=SymLogNorm(top * 1e-3, vmin=-top, vmax=top), aspect="auto"
-                            if k else "equal", interpolation="nearest")  # fmt: skip
-        image.cmap.set_bad("#e4e7eb")  # the gaps between tiles
-        axis.set_title(f"{name}  [{h.shape[0]} x {h.shape[1]}]")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        if k:
+        h, title = p.hess_diag.detach(), f"{name}  [{p.shape[0]} x {p.shape[1]}]"
+        if k == 0:
+            plot.signed_map(axis, torch.from_numpy(mosaic(h)), title, "equal")
+        else:
+            plot.signed_map(axis, h, title)
             axis.set_xlabel("input")
             axis.set_ylabel("output")
-        figure.colorbar(image, ax=axis, shrink=0.8, ticks=[-top, 0, top],
-                        format=lambda h, _: f"{h:.0e}" if h else "0")  # fmt: skip
 
 
 def mosaic(h: Tensor) -> Any:  # [hidden, 64] -> one image of 8 x 8 tiles with gaps
@@ -219,7 +210,7 @@ def _histogram(figure: Any, data: Digits, measured: Measured) -> None:
     norms = measured.norms.clamp(min=1e-12).numpy()
     edges = np.geomspace(max(norms.min(), norms.max() * 1e-9), norms.max() * 1.01, 60)
     right = (measured.guesses == data.y).numpy()
-    axis.hist([norms[right], norms[~right]], bins=edges, stacked=True, color=["#9fb3c8", BAD],
+    axis.hist([norms[right], norms[~right]], bins=edges, stacked=True, color=[GOOD, BAD],
               label=[f"read correctly ({right.sum()})", f"misread ({(~right).sum()})"])  # fmt: skip
     axis.set_xscale("log")
     axis.set_xlabel("norm of one sample's gradient, over all parameters")
