@@ -1,0 +1,75 @@
+"""The site builds without a warning, leaves out no public name, and its tutorial runs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import hookjac
+from hookjac import optim, plot
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "cache"), str(DOCS)]
+    done = subprocess.run([*command, str(tmp_path / "site")], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "site" / "reference.html").read_text()
+    assert "the n-th summand of the loss" in page, "docstrings are on the page"
+
+
+def own(module: ModuleType) -> list[str]:
+    """Public names that a module defines itself."""
+    return [name for name, found in vars(module).items()
+            if getattr(found, "__module__", "") == module.__name__ and not name.startswith("_")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prefix", "names"), [
+    ("hookjac", hookjac.__all__), ("hookjac.optim", optim.__all__),
+    ("hookjac.plot", [name for name in own(plot) if name not in ("flat", "signed_map")]),
+])  # fmt: skip
+def test_the_reference_leaves_nothing_out(prefix: str, names: list[str]) -> None:
+    page = (DOCS / "reference.md").read_text()
+    told = re.findall(rf"^\.\. auto(?:class|function):: {re.escape(prefix)}\.(\w+)$", page, re.M)
+    assert sorted(told) == sorted(names)
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = re.findall(r"^([\w/]+)$", (DOCS / "index.md").read_text(), re.M)
+    assert sorted(listed) == sorted(p.stem for p in DOCS.glob("*.md") if p.name != "index.md")
+
+
+def test_the_tutorial_runs() -> None:
+    torch.set_default_dtype(torch.float32)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(
+            "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.S)),
+            {"__name__": "page"},
+        )
+    text = said.getvalue()
+    assert "torch.Size([16, 16]) torch.Size([200, 16, 16]) torch.Size([200, 2, 16, 16]) torch.Size([16, 16])" in text
+    assert "the loss mixes samples" in text
+    assert "WRONG" not in text
+    assert text.count(" ok ") == 3 * 7
+
+
+def test_optimizers_have_docstrings() -> None:
+    for module, names in ((optim, optim.__all__), (plot, own(plot))):
+        for name in names:
+            found = getattr(module, name)
+            assert inspect.getdoc(found), name
+            for key, member in vars(found).items() if inspect.isclass(found) else ():
+                if inspect.isfunction(member) and not key.startswith("_") and key not in ("wanted", "update"):
+                    assert member.__doc__, f"{name}.{key} has no docstring"
