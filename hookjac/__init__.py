@@ -6,7 +6,7 @@ with hookjac.extend(model):
 """
 
 from hookjac import layers as layers
-from hookjac.accumulate import Accumulated, accumulate, load
+from hookjac.accumulate import accumulate
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.jacobian import Jacobian
@@ -39,6 +39,7 @@ from hookjac.quantity import (
 )
 from hookjac.quantity.record import Adds
 from hookjac.rule import NodeRule, Rule, register
+from hookjac.saving import Accumulated, Results, load, save
 from hookjac.structured import JacTensor
 
 __version__ = "0.1.0"
@@ -76,10 +77,12 @@ __all__ = [
     "NodeRule",
     "Quantity",
     "Received",
+    "Results",
     "Rule",
     "accumulate",
     "empty_cache",
     "extend",
     "load",
     "register",
+    "save",
 ]
