@@ -34,7 +34,7 @@ METHODS = {
 
 
 def difficulty(data: Digits, nets: int, **train_: Any) -> tuple[Tensor, Tensor]:
-    """[N] twice: norms of gradients, and of errors in the outputs (EL2N); averaged over nets that have learnt little."""
+    """[N] twice: norms of gradients, and of errors in the outputs (EL2N); means over nets that have learnt little."""
     weights = train(data, torch.ones(nets, data.split), seed=50, **train_)
     x, y = data.x[: data.split], data.y[: data.split]
     norms, errors = [], []
