@@ -26,7 +26,7 @@ import hookjac
 from hookjac.demo import Digits, load
 
 METHODS = {
-    "random": "any",
+    "random": "random ones",
     "easy": "the easiest (gradient norm)",
     "easy, EL2N": "the easiest (EL2N)",
     "hard": "the hardest (gradient norm)",
@@ -62,19 +62,19 @@ def kept(scores: tuple[Tensor, Tensor], method: str, part: float, seeds: int) ->
 def compare(
     data: Digits, scores: tuple[Tensor, Tensor], parts: list[float], seeds: int, **train_: Any
 ) -> dict[str, Tensor]:
-    """Each method's accuracy on held-out digits: [parts, seeds]. Seeds are those of the nets' first weights."""
+    """Each method's accuracy on held-out digits, [parts], averaged over nets that start from different weights."""
     x, y = data.x[data.split :], data.y[data.split :]
     found = {}
     for method in METHODS:
         share = torch.cat([kept(scores, method, part, seeds) for part in parts])
         weights = train(data, share, seed=60, **train_)
         right = (outputs(weights, x).argmax(2) == y).float().mean(1)
-        found[method] = right.view(len(parts), seeds)
+        found[method] = right.view(len(parts), seeds).mean(1)
     return found
 
 
-def table(found: dict[str, Tensor], parts: list[float]) -> list[str]:
-    """Markdown: mean accuracy, and its standard error over seeds, in percent."""
+def table(found: dict[str, Tensor], parts: list[float]) -> list[str]:  # [parts, splits] each
+    """Markdown: mean accuracy, and its standard error over splits, in percent."""
     lines = ["| left out | " + " | ".join(f"{part:.0%}" for part in parts) + " |", "|---" * (len(parts) + 1) + "|"]
     for method, right in found.items():
         mean, error = 100 * right.mean(1), 100 * right.std(1) / right.shape[1] ** 0.5
@@ -124,18 +124,24 @@ def picture(found: dict[str, Tensor], parts: list[float], data: Digits, norms: T
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.option("--quick", is_flag=True, help="Minutes of work in seconds; the numbers mean nothing.")
-@click.option("--seeds", type=click.IntRange(2, 100), default=16, help="Nets for each training set.")
+@click.option("--splits", type=click.IntRange(2, 100), default=8, help="Into training and held-out digits.")
+@click.option("--seeds", type=click.IntRange(1, 100), default=2, help="Nets for each training set.")
 @click.option("--early", type=click.IntRange(1, 1000), default=20, help="Steps before difficulty is measured.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("pruning.png"))
-def main(quick: bool, seeds: int, early: int, out: Path) -> None:
+def main(quick: bool, splits: int, seeds: int, early: int, out: Path) -> None:
     """Accuracy without the easiest, the hardest or any of 1,297 training digits."""
-    console, data, began = Console(), load(0), time.perf_counter()
-    parts, seeds = ([0.0, 0.5], 2) if quick else ([0.0, 0.2, 0.4, 0.6, 0.8], seeds)
+    console, began = Console(), time.perf_counter()
+    parts = [0.0, 0.5] if quick else [0.0, 0.2, 0.4, 0.6, 0.8]
+    splits, seeds, judges = (2, 1, 1) if quick else (splits, seeds, 8)
+    each = []
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("training", total=8 + len(METHODS) * len(parts) * seeds)
+        task = bar.add_task("training", total=splits * (judges + len(METHODS) * len(parts) * seeds))
         done = lambda more: bar.advance(task, more)
-        scores = difficulty(data, 2 if quick else 8, steps=early, done=done)
-        found = compare(data, scores, parts, seeds, done=done, **({"steps": 10} if quick else {}))
+        for split in range(splits):
+            data = load(split)
+            scores = difficulty(data, judges, steps=early, done=done)
+            each.append(compare(data, scores, parts, seeds, done=done, **({"steps": 10} if quick else {})))
+    found = {method: torch.stack([one[method] for one in each], 1) for method in METHODS}
     for line in table(found, parts):
         console.print(line, soft_wrap=True)
     picture(found, parts, data, scores[0], out)
