@@ -22,7 +22,7 @@ K = 7
 
 def directions(name: str, p: Tensor, k: int, seed: int = 0) -> Tensor:  # -> [k, *p]
     """By their definition, one at a time."""
-    X, Y = (t.double() for t in signs(name, p.shape, k, seed))
+    X, Y = (t.double().to(p.device) for t in signs(name, p.shape, k, seed))
     return torch.stack([torch.outer(x, y).reshape(p.shape) for x, y in zip(X, Y, strict=True)]) / k**0.5
 
 

@@ -43,7 +43,9 @@ def same(a: Any, b: Any) -> None:
     assert len(parts(a)) == len(parts(b)) > 0
     for s, t in zip(parts(a), parts(b), strict=True):
         assert s.dtype == t.dtype
-        assert torch.equal(*torch.broadcast_tensors(s, t))  # one copy may have along an axis what the other has once
+        assert torch.equal(
+            *torch.broadcast_tensors(s.cpu(), t.cpu())
+        )  # one copy may have along an axis what the other has once
     assert getattr(a, "shape", None) == getattr(b, "shape", None)
 
 

@@ -208,7 +208,7 @@ def main(quick: bool, nets: int, out: Path) -> None:
     read = torch.arange(len(data.y))[-4 if quick else -50 :]
     sets, inits, removals, k = (4, 2, 2, 16) if quick else (48, 6, 30, K)
     nets = 1 if quick else nets
-    settings: dict[str, Any] = {"steps": 10} if quick else {}
+    settings: dict[str, Any] = {"steps": 10, "hidden": 8} if quick else {}
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("training", total=nets + inits * (sets + removals * (len(METHODS) + 1)))
         settings["done"] = lambda more: bar.advance(task, more)

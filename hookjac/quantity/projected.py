@@ -27,7 +27,7 @@ def GradSampleProjected(*, k: int = 512, seed: int = 0, subsample: Samples = Non
 
     Nothing of size N P or k P is built: for a layer both sides meet the signs by themselves, k (r + c) products for
     each position, or single samples' gradients in turn, where that is cheaper. Units: loss / parameter. Cost: about
-    one backward, those products, and drawing k (r + c) signs.
+    one backward, those products, and k (r + c) signs.
     """
     for name, value, least in (("k", k, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -50,10 +50,12 @@ def GradSampleProjected(*, k: int = 512, seed: int = 0, subsample: Samples = Non
 
 
 def signs(name: str, shape: torch.Size, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """x [k, r] and y [k, c] of a parameter: of every device the same, so drawn on the CPU."""
+    """x [k, r] and y [k, c] of a parameter: bits of a hash, so the same everywhere, and of no generator's state."""
     r = shape[0] if shape else 1
-    told = hashlib.sha256(f"{seed}/{k}/{name}/{tuple(shape)}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(told[:7], "big"))
-    sizes = (k, r), (k, shape.numel() // max(1, r))
-    drawn = [torch.randint(2, size, generator=generator, dtype=torch.int8, device="cpu") for size in sizes]
-    return 2 * drawn[0] - 1, 2 * drawn[1] - 1
+    c = shape.numel() // max(1, r)
+    told = f"{seed}/{k}/{name}/{tuple(shape)}".encode()
+    drawn = bytearray(hashlib.shake_256(told).digest(-(-k * (r + c) // 8)))
+    octets = torch.frombuffer(drawn, dtype=torch.uint8).cpu().unsqueeze(1)
+    bits = (octets >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
+    found = 2 * bits.reshape(-1)[: k * (r + c)].to(torch.int8) - 1
+    return found[: k * r].view(k, r), found[k * r :].view(k, c)
