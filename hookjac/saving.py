@@ -155,7 +155,10 @@ def _demand_fits(parameters: Parameters, model: nn.Module, path: str | os.PathLi
     there = parameters_of(model)
     for name, (shape, dtype) in parameters.items():
         if name not in there:
-            raise HookjacError(f"{path} has results of a parameter {name!r}, which the model does not have.")
+            raise HookjacError(
+                f"{path} has results of a parameter {name!r}, which the model does not have; it has {list(there)[:4]}. "
+                "A wrapped model (DistributedDataParallel, torch.compile) has a prefix in its names: take what is inside."
+            )
         if there[name] != (shape, dtype):
             its = f"{list(there[name][0])} of {there[name][1]}"
             raise HookjacError(
