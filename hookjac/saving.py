@@ -157,7 +157,7 @@ def _demand_fits(parameters: Parameters, model: nn.Module, path: str | os.PathLi
         if name not in there:
             raise HookjacError(
                 f"{path} has results of a parameter {name!r}, which the model does not have; it has {list(there)[:4]}. "
-                "A wrapped model (DistributedDataParallel, torch.compile) has a prefix in its names: take the inner one."
+                "Wrapping (DistributedDataParallel, torch.compile) puts a prefix before names: take the inner one."
             )
         if there[name] != (shape, dtype):
             its = f"{list(there[name][0])} of {there[name][1]}"
