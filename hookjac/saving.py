@@ -134,7 +134,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Result
         if model is not None:
             _demand_fits(parameters, model, path)
         for q, notes in about["results"].items():
+            if not q.isidentifier() or hasattr(Tensor, q):
+                raise ValueError(f"{q!r} cannot be a quantity: attributes of tensors are not for files to set")
             for name, note in notes.items():
+                parameters[name]  # each has been held against the model's
                 device = params[name].device if name in params else None
                 found.setdefault(q, {})[name] = files.unpack(note, tensors, device)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -307,6 +307,9 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         lambda about: about["results"]["jac"]["0.weight"].update(dtype="system"),
         lambda about: about["results"]["jac"]["0.weight"].update(factor=3),
         lambda about: about.pop("parameters"),
+        lambda about: about["parameters"].pop("0.weight"),
+        lambda about: about["results"].update(data={"0.weight": about["results"]["kfac"]["0.weight"]["B"]}),
+        lambda about: about["results"].update(grad={}),
         lambda about: about.update(results=[]),
     ],
 )
