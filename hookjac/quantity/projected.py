@@ -10,7 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from hookjac.factor import Dense
+from hookjac.factor import Dense, Factor
 from hookjac.quantity.gradient import Samples
 from hookjac.quantity.record import Quantity, Received, chosen
 
@@ -36,14 +36,12 @@ def GradSampleProjected(*, k: int = 512, seed: int = 0, subsample: Samples = Non
     def reduce(got: Received) -> Tensor:
         out = got.numbers(got.M, k)
         X, Y = signs(got.name, got.param.shape, k, seed)
-        X, Y = X.to(out) / k**0.5, Y.to(out)
-        if got.factor is not None:
-            like = got.factor.tensors[0].dtype
-            out = out + got.factor.project(X.to(like), Y.to(like))[:, 0].T
+        factors: list[Factor] = [] if got.factor is None else [got.factor]
         if got.direct is not None:  # a penalty, of which each sample has its share
-            share = got.direct.head / got.N
-            out = out + Dense(share[None, None]).project(X.to(share.dtype), Y.to(share.dtype))[:, 0].T
-        return out.to(got.param.dtype).contiguous()
+            factors.append(Dense((got.direct.head / got.N)[None, None]))
+        for factor in factors:
+            out = out + factor.project(X.to(factor.tensors[0]), Y.to(factor.tensors[0]))[:, 0].T
+        return (out / k**0.5).to(got.param.dtype).contiguous()
 
     return Quantity(name="grad_sample_projected", columns="loss", reduce=reduce, subsample=chosen(subsample),
                     entries=lambda M, C, P: M * k, instead="Use a smaller k.")  # fmt: skip

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,3 +118,21 @@ def test_after_the_step_it_refuses() -> None:
         found.params[0].add_(1)
     with pytest.raises(hookjac.HookjacError, match="Take products before the optimizer's step"):
         found.ours["hessian"] @ torch.randn(found.P)
+
+
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "handover.md").read_text()
+    torch.set_default_dtype(torch.float32)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for snippet in re.findall(r"```python\n(.*?)```", page, re.S):
+            exec(snippet, names := {"__name__": "page"})
+    lines = said.getvalue().splitlines()
+    assert lines[0] == "[(16, 8), (16,), (3, 16), (3,)]"
+    ext: Any = names["ext"]
+    P = ext.ggn.shape[0]
+    values = torch.linalg.eigvalsh(ext.hessian @ torch.eye(P))
+    assert float(lines[2].split()[1]) == pytest.approx(float(values[-1]), rel=1e-3)
+    assert float(re.findall(r"[\d.]+", lines[1])[0]) == pytest.approx(float((ext.ggn @ torch.eye(P)).trace()), rel=0.3)
+    grad = torch.cat([p.grad.reshape(-1) for p in names["model"].parameters()])  # type: ignore[attr-defined]
+    step = torch.cat([t.reshape(-1) for t in names["step"]])  # type: ignore[attr-defined]
+    assert (ext.ggn @ step - grad).norm() < 0.05 * grad.norm()
