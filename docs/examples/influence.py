@@ -134,14 +134,14 @@ def compare(
     tau: dict[str, Tensor], data: Digits, read: Tensor, sets: int, inits: int, remove: int, removals: int, **train_: Any
 ) -> tuple[dict[str, tuple[str, str]], str]:
     """For each method: how its sums rank nets that were trained on halves (the linear datamodeling score), and what the
-    margin of a digit loses without the digits of the highest scores for it; and what no method can beat in the first.
+    margin of a digit loses without the digits of the highest scores for it. And how half of the nets agree with the rest.
     """
     at, label, N = data.x[read], data.y[read], data.split
     share = halves(N, sets, seed=7)
     margins = torch.stack([margin(outputs(train(data, share, seed=r + 1, **train_), at), label) for r in range(inits)])
     truth = margins.mean(0)  # [S, M]
     one, two = margins[: inits // 2].mean(0), margins[inits // 2 :].mean(0)
-    ceiling = said(rank_correlation(one, two))
+    agreement = said(rank_correlation(one, two))
     few, rows = slice(0, removals), torch.arange(removals)
 
     def after(share: Tensor) -> Tensor:  # [removals, N] -> [removals]: the margin of digit m in the net without its own
@@ -154,7 +154,7 @@ def compare(
         t = torch.where(label.unsqueeze(1) == data.y[:N], t, t - 1e6) if name == "chance" else t  # of its own label
         lost = before - after(without(t[few], remove))
         result[name] = said(rank_correlation(share @ tau[name].T, truth)), said(lost)
-    return result, ceiling
+    return result, agreement
 
 
 # The picture ------------------------------------------------------------------------------------------------
@@ -215,12 +215,12 @@ def main(quick: bool, nets: int, out: Path) -> None:
         weights = train(data, torch.ones(nets, data.split), seed=0, **settings)
         models = [net(weights, e) for e in range(nets)]
         tau = scores(models, data, read, k)
-        rows, ceiling = compare(tau, data, read, sets, inits, 50, removals, **settings)
+        rows, agreement = compare(tau, data, read, sets, inits, 50, removals, **settings)
     console.print("| scores | rank correlation with retraining | margin lost without the 50 highest |", soft_wrap=True)
     console.print("|---|---|---|")
     for name, (correlation, lost) in rows.items():
         console.print(f"| {METHODS[name]} | {correlation} | {lost} |", soft_wrap=True)
-    console.print(f"\nhalf of the retrained nets against the other half: {ceiling}")
+    console.print(f"\nhalf of the retrained nets against the other half: {agreement}")
     everyone = torch.arange(data.split, len(data.y))
     logits = outputs(weights, data.x[everyone]).mean(0)
     order = margin(logits, data.y[everyone]).argsort()
