@@ -134,7 +134,8 @@ def compare(
     tau: dict[str, Tensor], data: Digits, read: Tensor, sets: int, inits: int, remove: int, removals: int, **train_: Any
 ) -> tuple[dict[str, tuple[str, str]], str]:
     """For each method: how its sums rank nets that were trained on halves (the linear datamodeling score), and what the
-    margin of a digit loses without the digits of the highest scores for it. And how half of the nets agree with the rest.
+    margin of a digit loses without the digits of the highest scores for it. And how well half of the nets predict the
+    other half.
     """
     at, label, N = data.x[read], data.y[read], data.split
     share = halves(N, sets, seed=7)
