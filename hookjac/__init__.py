@@ -6,7 +6,7 @@ with hookjac.extend(model):
 """
 
 from hookjac import layers as layers
-from hookjac.accumulate import Accumulated, accumulate, load
+from hookjac.accumulate import accumulate
 from hookjac.check import check
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
@@ -26,6 +26,7 @@ from hookjac.quantity import (
     GradSample,
     GradSampleGram,
     GradSampleNorm,
+    GradSampleProjected,
     GradSqSum,
     GradVar,
     HessBlock,
@@ -40,6 +41,7 @@ from hookjac.quantity import (
 )
 from hookjac.quantity.record import Adds
 from hookjac.rule import NodeRule, Rule, register
+from hookjac.saving import Accumulated, Results, load, save
 from hookjac.structured import JacTensor
 
 __version__ = "0.1.0"
@@ -59,6 +61,7 @@ __all__ = [
     "GradSample",
     "GradSampleGram",
     "GradSampleNorm",
+    "GradSampleProjected",
     "GradSqSum",
     "GradVar",
     "HesScale",
@@ -77,6 +80,7 @@ __all__ = [
     "NodeRule",
     "Quantity",
     "Received",
+    "Results",
     "Rule",
     "accumulate",
     "check",
@@ -84,4 +88,5 @@ __all__ = [
     "extend",
     "load",
     "register",
+    "save",
 ]

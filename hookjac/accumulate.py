@@ -5,12 +5,10 @@ N samples of the data set · n of one batch.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,78 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hookjac import files
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
-from hookjac.kronecker import Kronecker, KroneckerSum
 from hookjac.progress import Progress
 from hookjac.quantity import Quantity, parse
 from hookjac.quantity.record import Adds, Received
+from hookjac.saving import Accumulated
 from hookjac.tape import Select
-
-_FORMAT = "hookjac 1"
-
-
-class Accumulated(Mapping[str, dict[str, Any]]):
-    """What `accumulate` returns: quantity -> name of a parameter -> its result. samples, batches: how many it is of.
-
-    `save(path)` writes a safetensors file, which `hookjac.load(path)` reads.
-    """
-
-    def __init__(self, results: Mapping[str, dict[str, Any]], samples: int, batches: int) -> None:
-        self._results, self.samples, self.batches = dict(results), samples, batches
-
-    def __getitem__(self, quantity: str) -> dict[str, Any]:
-        return self._results[quantity]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._results)
-
-    def __len__(self) -> int:
-        return len(self._results)
-
-    def __repr__(self) -> str:
-        return f"Accumulated({', '.join(self._results)}; {self.samples} samples in {self.batches} batches)"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all results to a safetensors file (needs safetensors); what was there stays whole until it is done."""
-        tensors: dict[str, Tensor] = {}
-        notes: dict[str, Any] = {}
-        for q, found in self._results.items():
-            for name, value in found.items():
-                place = f"{q}/{name}"
-                if isinstance(value, (Kronecker, KroneckerSum)):
-                    parts = value.parts if isinstance(value, KroneckerSum) else (value,)
-                    kinds = []
-                    for k, part in enumerate(parts):
-                        kinds.append({"shape": list(part.shape), "swapped": part.swapped, "rows": part.rows})
-                        tensors[f"{place}/{k}/B"] = part.B
-                        if part.A is not None:
-                            tensors[f"{place}/{k}/A"] = part.A
-                    notes[place] = {"kronecker": kinds}
-                elif isinstance(value, Tensor):
-                    tensors[place], notes[place] = value, {}
-                else:
-                    raise HookjacError(f"{q} of {name!r} is a {type(value).__name__}; only tensors can be saved")
-        _demand_place(Path(path))
-        _write(Path(path), tensors, {"results": notes, "samples": self.samples, "batches": self.batches})
-
-
-def load(path: str | os.PathLike[str]) -> Accumulated:
-    """What `Accumulated.save` wrote. Reads tensors and numbers only: nothing in the file is run."""
-    tensors, about = _read(Path(path), "results")
-    found: dict[str, dict[str, Any]] = {}
-    for place, note in about["results"].items():
-        q, name = place.split("/", 1)
-        if "kronecker" in note:
-            parts = []
-            for k, kind in enumerate(note["kronecker"]):
-                A, B = tensors.get(f"{place}/{k}/A"), tensors[f"{place}/{k}/B"]
-                parts.append(Kronecker(A, B, torch.Size(kind["shape"]), kind["swapped"], kind["rows"]))
-            value: Any = parts[0] if len(parts) == 1 else KroneckerSum(tuple(parts))
-        else:
-            value = tensors[place]
-        found.setdefault(q, {})[name] = value
-    return Accumulated(found, about["samples"], about["batches"])
 
 
 def accumulate(
@@ -153,7 +87,7 @@ def accumulate(
             "Use reduction='sum' (in the loss, too), and divide by the total weight."
         )
     if checkpoint is not None:
-        _demand_place(Path(checkpoint))
+        files.demand_place(Path(checkpoint))
     return _Run(model, loss_fn, loader, asked, reduction, output, step).run(
         None if checkpoint is None else Path(checkpoint), every
     )
@@ -291,7 +225,8 @@ class _Run:
                 value = q.adds.join(sums.notes[q.name][name], parts, sums.samples)
                 results.setdefault(q.name, {})[name] = value
                 setattr(p, q.name, value)
-        return Accumulated(results, sums.samples, sums.batches)
+        about = {name: (p.shape, p.dtype) for name, p in self.params.items()}
+        return Accumulated(results, about, sums.samples, sums.batches)
 
     # The checkpoint ---------------------------------------------------------------------------------------------
 
@@ -336,10 +271,10 @@ class _Run:
         tensors |= {f"now/{k}": t for k, t in enumerate(self._random())}
         sums.last = _digest(batch)
         about = {"sums": sums.notes, "samples": sums.samples, "batches": sums.batches, "last": sums.last}
-        _write(path, tensors, about | {"identity": identity})
+        files.write(path, tensors, about | {"identity": identity})
 
     def _resume(self, path: Path, identity: str) -> tuple[_Sums, list[Tensor], list[Tensor]]:
-        tensors, about = _read(path, "sums")
+        tensors, about = files.read(path, "sums")
         if about["identity"] != identity:
             raise HookjacError(
                 f"the checkpoint {path} is of another run: the model, its weights, the quantities (and their options) "
@@ -361,12 +296,6 @@ class _Run:
 
 def _powers(adds: Adds, parts: list[Tensor]) -> list[int]:
     return list(adds.powers) * (len(parts) // len(adds.powers))
-
-
-def _demand_place(path: Path) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise HookjacError(f"{path} {what}; give the path of a file that can be written")
 
 
 def _measure(q: Quantity) -> Callable[[Received], tuple[int, bool, Any]]:
@@ -395,42 +324,3 @@ def _digest(tree: Any) -> str:
         else:
             found.update(repr(leaf).encode())
     return found.hexdigest()
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """A safetensors file that is there as a whole or not at all."""
-    from safetensors.torch import save_file
-
-    apart = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(apart, part, metadata={"format": _FORMAT, "about": json.dumps(about)})
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
-
-
-def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise HookjacError(
-            f"{path} is no whole safetensors file ({error}). Was it written by something else?"
-        ) from error
-    about = json.loads(meta.get("about", "{}")) if meta.get("format") == _FORMAT else {}
-    if kind == "results" and "sums" in about:
-        raise HookjacError(
-            f"{path} is a checkpoint of accumulate, not a result; pass it as checkpoint=, or save() one."
-        )
-    if kind == "sums" and "results" in about:
-        raise HookjacError(f"{path} is a saved result, not a checkpoint; give checkpoint= another path.")
-    if kind not in about:
-        raise HookjacError(f"{path} was not written by hookjac, or holds no {kind}.")
-    return tensors, about

@@ -284,4 +284,7 @@ class Walk:
         M = plan.N if q.subsample is None else len(q.subsample)
         times = self.operators[wish.curved].block(p) if isinstance(wish, Graph) else None
         probed = self.probed[wish][p] if isinstance(wish, Probes) else None
-        return Received(plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed)
+        return Received(
+            plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed,
+            name=plan.names[p],
+        )  # fmt: skip

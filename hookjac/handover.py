@@ -1,4 +1,4 @@
-"""Our operators in other libraries' clothes: scipy's and linear_operator's. Both are imported when asked for.
+"""Our operators in other libraries' clothes: scipy's, linear_operator's and curvlinops'; imported when asked for.
 
 An operator has `shape`, `T`, and `@` with a vector or several.
 """
@@ -6,7 +6,7 @@ An operator has `shape`, `T`, and `@` with a vector or several.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,38 @@ def to_scipy(operator: Any, dtype: torch.dtype, device: torch.device) -> Any:
 def as_linear_operator(operator: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A `linear_operator.LinearOperator`."""
     return _kind()(torch.empty(0, dtype=dtype, device=device), operator=operator)
+
+
+def to_curvlinops(
+    operator: Any, columns: Sequence[torch.Size], rows: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A `PyTorchLinearOperator` of curvlinops. columns, rows: shapes of the tensors that the two sides consist of."""
+    return _torch_kind()(operator, columns, rows, dtype, device)
+
+
+@functools.cache
+def _torch_kind() -> Any:
+    from curvlinops._torch_base import PyTorchLinearOperator
+
+    class Wrapped(PyTorchLinearOperator):  # type: ignore[misc]
+        dtype: Any = None  # properties of the class above, which raise
+        device: Any = None
+
+        def __init__(self, operator: Any, columns: Any, rows: Any, dtype: torch.dtype, device: torch.device) -> None:
+            super().__init__([tuple(shape) for shape in columns], [tuple(shape) for shape in rows])
+            self.operator, self.dtype, self.device = operator, dtype, device
+            self.SELF_ADJOINT = operator.T is operator
+
+        def _matmat(self, X: list[Tensor]) -> list[Tensor]:  # [*column, K] -> [*row, K]
+            K = X[0].shape[-1]
+            found = self.operator @ torch.cat([t.reshape(-1, K) for t in X])
+            parts = found.split(self._out_shape_flat)
+            return [t.reshape(*shape, K) for t, shape in zip(parts, self._out_shape, strict=True)]
+
+        def _adjoint(self) -> Any:
+            return Wrapped(self.operator.T, self._out_shape, self._in_shape, self.dtype, self.device)
+
+    return Wrapped
 
 
 @functools.cache

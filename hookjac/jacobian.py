@@ -25,7 +25,7 @@ class Jacobian:
 
     Rows are samples and their outputs, columns the parameters in the order of `model.parameters()`, each in row-major
     order. `J @ v`, `J.T @ u`; `gram()`, the neural tangent kernel; `diagonal(metric)` of Jᵀ Λ J;
-    `variance(covariance)`, J Σ Jᵀ of each sample; `to_dense()`, `to_scipy()`. Exact to rounding.
+    `variance(covariance)`, J Σ Jᵀ of each sample; `to_dense()`, `to_scipy()` and its like. Exact to rounding.
     """
 
     def __init__(self, parts: Mapping[str, JacTensor]) -> None:
@@ -130,6 +130,11 @@ class Jacobian:
     def as_linear_operator(self) -> Any:
         """A `linear_operator.LinearOperator` (needs that package, the one under GPyTorch)."""
         return handover.as_linear_operator(self, self._dtype, self._device)
+
+    def to_curvlinops(self) -> Any:
+        """A `PyTorchLinearOperator` of curvlinops (needs that package, below 4)."""
+        columns, rows = [jac.factor.param for jac in self.parts.values()], [torch.Size([self.N, *self.out])]
+        return handover.to_curvlinops(self, columns, rows, self._dtype, self._device)
 
 
 class Transposed:

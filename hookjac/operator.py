@@ -140,6 +140,11 @@ class Curvature:
         """A `linear_operator.LinearOperator` (needs that package, the one under GPyTorch), for its solvers."""
         return handover.as_linear_operator(self, *self._like)
 
+    def to_curvlinops(self) -> Any:
+        """A `PyTorchLinearOperator` of curvlinops (needs that package, below 4), for its traces and spectra."""
+        shapes = [meta(e)[0] for e in self._params.values()]
+        return handover.to_curvlinops(self, shapes, shapes, *self._like)
+
     @property
     def _like(self) -> tuple[torch.dtype, torch.device]:
         return meta(next(iter(self._params.values())))[1:]

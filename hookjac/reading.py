@@ -106,20 +106,20 @@ class Reading:
 
     def _received(self, k: int, number: int, q: Quantity, factor: Factor | None, gradient: Tensor | None) -> Received:
         passage, group, param = self.passage, self.group, self.params[k]
-        N, metric = passage.N, group.metric
+        N, metric, name = passage.N, group.metric, passage.names[k]
         if metric is not None and not isinstance(q.wish, _CURVED):
             metric = None
         if factor is None:
-            return Received(param, N, N if q.subsample is None else len(q.subsample), passage.out_shape)
+            return Received(param, N, N if q.subsample is None else len(q.subsample), passage.out_shape, name=name)
         if q.subsample is None and not group.rows:
-            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient)
+            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient, name=name)
         if number in group.rows:
             factor = factor.columns(group.rows[number])
         if q.subsample is None:
-            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient)
+            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient, name=name)
         pick = torch.tensor(q.subsample, device=param.device)
         pieces = ((factor.samples(pick), None if metric is None else metric[pick]),)
-        return Received(param, N, len(q.subsample), passage.out_shape, pieces)
+        return Received(param, N, len(q.subsample), passage.out_shape, pieces, name=name)
 
 
 _CURVED = (GGN, Hessian, Sampled)

@@ -335,7 +335,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     for read in (lambda: run("ggn_diag"), lambda: hookjac.load(path)):
         with pytest.raises(HookjacError, match="was not written by hookjac"):
             read()
-    save_file({"a": torch.ones(2)}, path, metadata={"format": "hookjac 1", "about": json.dumps({"results": {}})})
+    save_file({"a": torch.ones(2)}, path, metadata={"format": "hookjac 2", "about": json.dumps({"results": {}})})
     with pytest.raises(HookjacError, match="is a saved result, not a checkpoint"):
         run("ggn_diag")
 
@@ -356,7 +356,7 @@ def test_files_that_cannot_be_written_are_said_before_the_work(tmp_path: Path) -
     found = accumulate(model, F.cross_entropy, batches(x, y), "ggn_diag", checkpoint=tmp_path / "run")
     with pytest.raises(HookjacError, match="in a folder that does not exist"):
         found.save(tmp_path / "none" / "a")
-    with pytest.raises(HookjacError, match="is a checkpoint of accumulate, not a result"):
+    with pytest.raises(HookjacError, match="is a checkpoint of accumulate, not a saved result"):
         hookjac.load(tmp_path / "run")
 
 

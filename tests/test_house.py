@@ -30,7 +30,7 @@ ORDER = [
     "progress", "products", "factor", "deliver", "rule", "places", "layers", "tape", "watch", "described", "route",
     "structure", "uses", "kinks", "loss", "plan", "gathering", "handover", "operator", "kronecker", "structured",
     "jacobian", "quantity", "limits", "head", "curvature", "roads", "seeds", "engine", "explain", "passage",
-    "reading", "passing", "extend", "accumulate", "testing", "check", "plot", "",
+    "reading", "passing", "extend", "files", "saving", "accumulate", "testing", "check", "plot", "",
     "clients", "optim", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity", "clients", "optim"]

@@ -8,6 +8,8 @@ columns, samples  some of its columns; some of its samples
 mix(R)            other columns, made of these by R [N, W, V], or [N, V] where it only scales them
 norms()           [V, N]: squared lengths; `lengths()`, their roots
 times(X)          [K, *p] -> [K, V, N]: inner products with K tangents
+project(X, Y)     [K, r], [K, c] -> [K, V, N]: inner products with K tangents x yᵀ, p as a matrix [r, c] whose rows are
+                  its first axis
 back(U)           [K, V, N] -> [K, *p]: combinations of the columns; `sum()`, of all with ones
 add_gram(out, B)  [N, V, N', V']: inner products with those of another, added to `out`; `gram(A, B)`, these alone
 each_gram(B)      [N, V, V']: those of the same sample; `scaled_gram(S)`, with itself under a diagonal S [*p]

@@ -96,6 +96,16 @@ class Dense:
     def times(self, X: Tensor) -> Tensor:  # [K, *p] -> [K, V, N]
         return torch.einsum("vnp,kp->kvn", self._flat(), X.reshape(X.shape[0], self.param.numel()))
 
+    def project(self, X: Tensor, Y: Tensor) -> Tensor:  # [K, r], [K, c] -> [K, V, N]
+        A = self._flat().reshape(self.V, self.N, X.shape[1], Y.shape[1])
+        if X.shape[1] > Y.shape[1]:  # the longer side first: what is left over takes less memory
+            A, X, Y = A.mT, Y, X
+        step = max(1, CHUNK // max(1, self.V * X.numel()))
+        parts = [A.new_zeros(len(X), self.V, 0)]
+        for n in range(0, self.N, step):
+            parts.append(torch.einsum("vnrk,kr->kvn", A[:, n : n + step] @ Y.T, X))
+        return torch.cat(parts, 2)
+
     def back(self, U: Tensor) -> Tensor:  # [K, V, N] -> [K, *p]
         out = U.reshape(U.shape[0], self.V * self.N) @ self._flat().reshape(self.V * self.N, self.param.numel())
         return out.reshape(U.shape[0], *self.param)

@@ -110,6 +110,20 @@ class Lookup:
         met = torch.einsum("vmd,kmd->kvm", self.g, table[:, self.row])
         return met.new_zeros(X.shape[0], self.V, self.N).index_add(2, self.sample, met)
 
+    def project(self, X: Tensor, Y: Tensor) -> Tensor:  # [K, r], [K, c] -> [K, V, N]
+        d, (K, c) = self.g.shape[2], Y.shape
+        entry = (self.row * d).unsqueeze(1) + torch.arange(d, device=self.row.device)  # [M, d]: in the parameter
+        step = max(1, CHUNK // max(1, (self.V + d) * len(self.row)))
+        found = []
+        for k in range(0, K, step):
+            x, y = X[k : k + step], Y[k : k + step]
+            if d == c:
+                met = torch.einsum("vmd,kd->kvm", self.g, y) * x[:, self.row].unsqueeze(1)
+            else:
+                met = torch.einsum("vmd,kmd->kvm", self.g, x[:, entry // c] * y[:, entry % c])
+            found.append(met.new_zeros(len(x), self.V, self.N).index_add(2, self.sample, met))
+        return torch.cat(found)
+
     def back(self, U: Tensor) -> Tensor:  # [K, V, N] -> [K, *p]
         g = torch.einsum("kvm,vmd->kmd", U[:, :, self.sample], self.g)
         out = g.new_zeros(U.shape[0], self.rows, self.g.shape[2]).index_add(1, self.row, g)

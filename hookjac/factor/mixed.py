@@ -90,6 +90,10 @@ class Sum:
         first, *others = self.parts
         return sum((part.times(X) for part in others), first.times(X))
 
+    def project(self, X: Tensor, Y: Tensor) -> Tensor:  # [K, r], [K, c] -> [K, V, N]
+        first, *others = self.parts
+        return sum((part.project(X, Y) for part in others), first.project(X, Y))
+
     def back(self, U: Tensor) -> Tensor:  # [K, V, N] -> [K, *p]
         first, *others = self.parts
         return sum((part.back(U) for part in others), first.back(U))

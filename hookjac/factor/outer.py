@@ -233,6 +233,23 @@ class Outer:
         met = torch.einsum("kboi,nbli->knblo", self._unfold(X), self.a)
         return torch.einsum("knblo,vnblo->kvn", met, self.g)
 
+    def project(self, X: Tensor, Y: Tensor) -> Tensor:  # [K, r], [K, c] -> [K, V, N]
+        (V, N, B, L, o), i, K = self.g.shape, self.i, len(X)
+        if self.built is not None:
+            return Dense(self.built).project(X, Y)
+        apart = float(L * B * K) * (V * o + i)  # both sides by themselves, or what is built of them: the cheaper one
+        if X.shape[1] != B * (i if self.swapped else o) or float(V * B * o * i) * (L + K) < apart:
+            parts = [Dense(self.samples(n).dense()).project(X, Y) for n in self._chunks()]
+            return torch.cat([self.g.new_zeros(K, V, 0), *parts], 2)
+        x, y = X.view(K, B, -1), Y.unsqueeze(1).expand(K, B, Y.shape[1])
+        (x, y) = (y, x) if self.swapped else (x, y)
+        step = max(1, CHUNK // max(1, (V + 1) * B * L * K))
+        parts = [self.g.new_zeros(K, V, 0)]
+        for n in range(0, N, step):
+            met = torch.einsum("vnblo,kbo->vnblk", self.g[:, n : n + step], x)
+            parts.append(torch.einsum("vnblk,nblk->kvn", met, torch.einsum("nbli,kbi->nblk", self.a[n : n + step], y)))
+        return torch.cat(parts, 2)
+
     def back(self, U: Tensor) -> Tensor:  # [K, V, N] -> [K, *p]
         V, N, B, L, o = self.g.shape
         if V == 1:

@@ -21,6 +21,7 @@ from hookjac.quantity.gradient import GradSample, GradSampleGram, GradSampleNorm
 from hookjac.quantity.jacobian import NTK, Jac
 from hookjac.quantity.kronecker import KFAC
 from hookjac.quantity.product import GGNMP, HessMP
+from hookjac.quantity.projected import GradSampleProjected
 from hookjac.quantity.record import Hessian, Quantity, Received
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "GradSample",
     "GradSampleGram",
     "GradSampleNorm",
+    "GradSampleProjected",
     "GradSqSum",
     "GradVar",
     "HesScale",
@@ -54,6 +56,7 @@ _QUANTITIES: dict[str, Callable[[], Quantity]] = {
     "grad_sample": GradSample,
     "grad_sample_norm": GradSampleNorm,
     "grad_sample_gram": GradSampleGram,
+    "grad_sample_projected": GradSampleProjected,
     "grad_sq_sum": GradSqSum,
     "grad_var": GradVar,
     "jac": Jac,

@@ -122,6 +122,7 @@ class Received:
     times: products with the parameter's block, [K, *p] -> [K, *p], where those were asked for.
     probed: random signs and their products with the Hessian, [K, *p] each, where those were asked for.
     whole: the sum of the factor over all samples [*p], where that is known.
+    name: the parameter's in the model.
     """
 
     param: Tensor
@@ -135,6 +136,7 @@ class Received:
     times: Callable[[Tensor], Tensor] | None = None
     probed: tuple[Tensor, Tensor] | None = None
     whole: Tensor | None = None
+    name: str = ""
 
     def sum(self) -> Tensor:
         """[*p]: what arrived of one group of columns, summed over the samples."""
