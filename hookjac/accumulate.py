@@ -11,9 +11,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from hookjac.extend import extend
 from hookjac.kronecker import Kronecker, KroneckerSum
 from hookjac.progress import Progress
 from hookjac.quantity import Quantity, parse
-from hookjac.quantity.record import Adds, Received
+from hookjac.sums import Measured, Reduction, Sums, demand_reduction, measured, told
 from hookjac.tape import Select
 
 _FORMAT = "hookjac 1"
@@ -98,7 +98,7 @@ def accumulate(
     loss_fn: Callable[..., Tensor] | None,
     loader: Iterable[Any],
     *quantities: str | Quantity,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Reduction = "mean",
     output: Select = None,
     step: Callable[[nn.Module, Any], Tensor] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -137,8 +137,7 @@ def accumulate(
     asked = parse(quantities)
     for q in asked:
         _demand_adds(q)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    demand_reduction(reduction)
     if (loss_fn is None) == (step is None):
         raise ValueError("give either a loss_fn of output and targets, or step= from (model, batch) to the loss")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -170,45 +169,18 @@ def _demand_adds(q: Quantity) -> None:
 
 
 @dataclass
-class _Sums:
-    """What has been added up so far: quantity -> parameter -> statistics."""
-
-    found: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
-    notes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    samples: int = 0
-    batches: int = 0
-    last: str = ""  # what the last batch was
-
-    def add(self, q: Quantity, name: str, measured: Any, weight: int) -> None:
-        """weight: by which a mean over a batch becomes a sum."""
-        assert q.adds is not None
-        parts, note = q.adds.split(measured)
-        new = [t.detach() * float(weight) ** power for t, power in zip(parts, _powers(q.adds, parts), strict=True)]
-        sums, notes = self.found.setdefault(q.name, {}), self.notes.setdefault(q.name, {})
-        if name not in sums or notes[name].get("empty"):
-            sums[name], notes[name] = new, note
-        elif not note.get("empty"):
-            if note != notes[name]:
-                raise HookjacError(
-                    f"{q.name} of parameter {name!r} has another form in batch {self.batches} ({note}) than before "
-                    f"({notes[name]}), so that they do not add up."
-                )
-            sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)]
-
-
-@dataclass
 class _Run:
     model: nn.Module
     loss_fn: Callable[..., Tensor] | None
     loader: Iterable[Any]
     asked: list[Quantity]
-    reduction: str
+    reduction: Reduction
     output: Select
     step: Callable[[nn.Module, Any], Tensor] | None
 
     def run(self, path: Path | None, every: int) -> Accumulated:
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        sums, start = _Sums(), self._random()
+        sums, start = Sums(), self._random()
         identity = "" if path is None else self._identity()
         if path is not None and path.exists():
             sums, start, now = self._resume(path, identity)
@@ -234,12 +206,12 @@ class _Run:
             self._write(path, sums, start, identity, batch)
         return self._finished(sums)
 
-    def _batch(self, sums: _Sums, batch: Any) -> None:
+    def _batch(self, sums: Sums, batch: Any) -> None:
         device = next(iter(self.params.values())).device if self.params else None
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
-        measuring = [replace(q, reduce=_measure(q)) for q in self.asked]
+        measuring = [replace(q, reduce=measured(q)) for q in self.asked]
         before = {name: {q.name: vars(p).pop(q.name, None) for q in self.asked} for name, p in self.params.items()}
-        found: dict[str, dict[str, tuple[int, bool, Any]]] = {}
+        found: dict[str, dict[str, Measured]] = {}
         try:
             with extend(self.model, *measuring, output=self.output):
                 loss = self._loss(batch)
@@ -251,19 +223,15 @@ class _Run:
                     vars(p).pop(attribute, None)
                     if value is not None:
                         setattr(p, attribute, value)
-        n = next(iter(found.values()))[self.asked[0].name][0]
-        for name, measured in found.items():
-            for q in self.asked:
-                _, penalised, value = measured[q.name]
-                if penalised and self.reduction == "sum":
+        if self.reduction == "sum":
+            for name, its in found.items():
+                if any(one.penalised for one in its.values()):
                     raise HookjacError(
                         f"the loss has a part that passes through no sample (a penalty on {name!r}), which a sum over "
                         "batches would count once for each. Leave it out of the step and add its own curvature "
                         "afterwards, or use reduction='mean'."
                     )
-                sums.add(q, name, value, n if self.reduction == "mean" else 1)
-        sums.samples += n
-        sums.batches += 1
+        sums.take(self.asked, found, self.reduction)
 
     def _loss(self, batch: Any) -> Tensor:
         if self.step is not None:
@@ -280,15 +248,11 @@ class _Run:
         out = self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
         return self.loss_fn(out, *targets)
 
-    def _finished(self, sums: _Sums) -> Accumulated:
+    def _finished(self, sums: Sums) -> Accumulated:
         results: dict[str, dict[str, Any]] = {}
         for q in self.asked:
-            assert q.adds is not None
             for name, p in self.params.items():
-                weight = sums.samples if self.reduction == "mean" else 1
-                parts = sums.found[q.name][name]
-                parts = [t / float(weight) ** power for t, power in zip(parts, _powers(q.adds, parts), strict=True)]
-                value = q.adds.join(sums.notes[q.name][name], parts, sums.samples)
+                value = sums.result(q, name, self.reduction, p.dtype)
                 results.setdefault(q.name, {})[name] = value
                 setattr(p, q.name, value)
         return Accumulated(results, sums.samples, sums.batches)
@@ -317,15 +281,10 @@ class _Run:
 
     def _identity(self) -> str:
         """What a checkpoint must agree with: the quantities, the reduction, the model and its weights."""
-        told = [self.reduction]
-        for q in self.asked:
-            assert q.adds is not None
-            options = [f"{f.name}={getattr(q.wish, f.name)}" for f in fields(q.wish) if f.name != "generator"]
-            told.append(f"{q.name} {type(q.wish).__name__} {options} {q.adds.label}")
         held = {k: t for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
-        return _digest([*told, sorted(self.params), held])
+        return _digest([self.reduction, *map(told, self.asked), sorted(self.params), held])
 
-    def _write(self, path: Path, sums: _Sums, start: list[Tensor], identity: str, batch: Any) -> None:
+    def _write(self, path: Path, sums: Sums, start: list[Tensor], identity: str, batch: Any) -> None:
         tensors = {
             f"{q}/{name}/{k}": t
             for q, found in sums.found.items()
@@ -338,7 +297,7 @@ class _Run:
         about = {"sums": sums.notes, "samples": sums.samples, "batches": sums.batches, "last": sums.last}
         _write(path, tensors, about | {"identity": identity})
 
-    def _resume(self, path: Path, identity: str) -> tuple[_Sums, list[Tensor], list[Tensor]]:
+    def _resume(self, path: Path, identity: str) -> tuple[Sums, list[Tensor], list[Tensor]]:
         tensors, about = _read(path, "sums")
         if about["identity"] != identity:
             raise HookjacError(
@@ -355,24 +314,14 @@ class _Run:
             q: {name: [t.to(devices[name]) for t in listed(f"{q}/{name}")] for name in notes}
             for q, notes in about["sums"].items()
         }
-        sums = _Sums(found, about["sums"], about["samples"], about["batches"], about["last"])
+        sums = Sums(found, about["sums"], about["samples"], about["batches"], about["last"])
         return sums, listed("start"), listed("now")
-
-
-def _powers(adds: Adds, parts: list[Tensor]) -> list[int]:
-    return list(adds.powers) * (len(parts) // len(adds.powers))
 
 
 def _demand_place(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
         raise HookjacError(f"{path} {what}; give the path of a file that can be written")
-
-
-def _measure(q: Quantity) -> Callable[[Received], tuple[int, bool, Any]]:
-    assert isinstance(q.adds, Adds)
-    measure = q.adds.measure or q.reduce
-    return lambda got: (got.N, got.direct is not None, measure(got))
 
 
 def _demand_same(wanted: str, found: str, path: Path | None) -> None:

@@ -29,7 +29,7 @@ ORDER = [
     "errors", "switches", "memory", "gemm", "ways", "samples", "members", "mended", "graph", "checkpoints",
     "progress", "products", "factor", "deliver", "rule", "places", "layers", "tape", "watch", "described", "route",
     "structure", "uses", "kinks", "loss", "plan", "gathering", "handover", "operator", "kronecker", "structured",
-    "jacobian", "quantity", "limits", "head", "curvature", "roads", "seeds", "engine", "explain", "passage",
+    "jacobian", "quantity", "sums", "limits", "head", "curvature", "roads", "seeds", "engine", "explain", "passage",
     "reading", "passing", "extend", "accumulate", "", "clients", "optim", "testing", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity", "clients", "optim"]
