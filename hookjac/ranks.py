@@ -1,0 +1,225 @@
+"""The results of a process group's ranks, made into those of all their samples together.
+
+Two calls, the same on every rank and in the same order, when the block closes: what each rank has (compared before
+anything is added), then all statistics in one sum. Ranks without data take part with zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hookjac.errors import HookjacError
+from hookjac.quantity.record import Graph, Quantity
+from hookjac.sums import Measured, Reduction, Sums, demand_reduction, measured, told
+
+Group = Any  # dist.ProcessGroup, where torch was built with it
+
+
+def group_of(given: Any) -> Group:
+    """The process group that was meant by `group=`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise HookjacError(
+            "group= was given, but torch.distributed is not initialised in this process. Call "
+            "torch.distributed.init_process_group first, and start the script with torchrun."
+        )
+    if isinstance(given, str) and given == "world":
+        return dist.group.WORLD
+    if not isinstance(given, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be 'world' or a torch.distributed.ProcessGroup that this process is a member of, got {given!r}"
+        )
+    return given
+
+
+def demand_group(q: Quantity) -> None:
+    """Refuse what has no meaning beyond one rank."""
+    if q.adds is None and not q.single:
+        what = {
+            "kfac": "Use KFAC without corrected= and with another fisher=; KroneckerEigen comes from p.kfac.eigen().",
+            "ntk": "Gather the ranks' inputs and ask for it on one, or leave group= out for each rank's own.",
+            "grad_sample_gram": "Gather the ranks' grad_sample, or leave group= out for each rank's own.",
+        }.get(q.name, "Leave group= out for each rank's own.")
+        if isinstance(q.wish, Graph):
+            what = f"Leave group= out, and all_reduce the products of p.{q.name}, weighed by each rank's samples."
+        raise HookjacError(
+            f"{q.name} over the ranks of a group is not supported: it neither adds up nor belongs to single samples. "
+            + what
+        )
+    if q.adds is not None and q.subsample is not None:
+        raise ValueError(f"{q.name}: subsample= picks samples of one rank's batch; it cannot be used with group=")
+
+
+@contextlib.contextmanager
+def reaching() -> Iterator[None]:
+    """Say in our words that another rank is not there."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise HookjacError(
+            "the exchange with the other ranks failed: one of them ended, raised an error inside its block, or did "
+            f"not come within the time-out of the process group ({error})"
+        ) from error
+
+
+def gathered(table: Any, group: Group) -> list[Any]:
+    """What each rank says, in the order of ranks."""
+    found: list[Any] = [None] * group.size()
+    with reaching():
+        dist.all_gather_object(found, table, group=group)
+    return found
+
+
+def demand_equal(what: str, said: Sequence[Any]) -> None:
+    """Raise on all ranks alike where they disagree."""
+    for rank, its in enumerate(said):
+        if its != said[0]:
+            raise HookjacError(f"ranks disagree about {what}: rank 0 has {said[0]}, rank {rank} has {its}.")
+
+
+@dataclass
+class Ranks:
+    """What one block knows of its group."""
+
+    group: Group
+    reduction: Reduction
+    quantities: Sequence[Quantity]
+
+    def __post_init__(self) -> None:
+        demand_reduction(self.reduction)
+        for q in self.quantities:
+            demand_group(q)
+        self.summed = {q.name: q for q in self.quantities if q.adds is not None}
+        if not self.summed:
+            raise ValueError(
+                f"nothing of what was asked for ({', '.join(q.name for q in self.quantities)}) adds up over the ranks "
+                "of a group: it belongs to single samples and stays on their rank. Leave group= out."
+            )
+        self.kept: dict[str, dict[str, Measured]] = {}  # parameter -> quantity
+
+    def measuring(self) -> list[Quantity]:
+        """The quantities as a block shall ask for them."""
+        return [replace(q, reduce=measured(q)) if q.name in self.summed else q for q in self.quantities]
+
+    def keep(self, found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """parameter -> quantity -> result: keeps what is to be added up, and returns what stays on this rank."""
+        self.kept = {name: {q: its[q] for q in self.summed} for name, its in found.items()}
+        return {name: {q: v for q, v in its.items() if q not in self.summed} for name, its in found.items()}
+
+    def exchange(self, params: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
+        """Parameter -> quantity -> result, the same on all ranks. Collective."""
+        sums = Sums()
+        if self.kept:
+            sums.take(self.summed.values(), self.kept, self.reduction)
+        penalised = [name for name, its in self.kept.items() if any(one.penalised for one in its.values())]
+        self.kept = {}
+        names = added(sums, list(self.summed.values()), self.reduction, params, penalised, self.group)
+        return {
+            name: {q.name: sums.result(q, name, self.reduction, params[name].dtype) for q in self.summed.values()}
+            for name in names
+        }
+
+
+def added(
+    sums: Sums,
+    quantities: Sequence[Quantity],
+    reduction: Reduction,
+    params: Mapping[str, nn.Parameter],
+    penalised: Sequence[str],
+    group: Group,
+) -> list[str]:
+    """Make the sums of this rank those of the whole group. Returns whose they are. Collective."""
+    mine = {
+        "the quantities": [told(q) for q in quantities],
+        "the reduction": reduction,
+        "the parameters": [(name, tuple(p.shape)) for name, p in params.items()],
+        "samples": sums.samples,
+        "batches": sums.batches,
+        "penalised": list(penalised),
+        "forms": {
+            (q, name): (sums.notes[q][name], [(tuple(t.shape), t.dtype) for t in parts])
+            for q, found in sums.found.items()
+            for name, parts in found.items()
+        },
+    }
+    tables = gathered(mine, group)
+    for what in ("the quantities", "the reduction", "the parameters"):
+        demand_equal(what, [table[what] for table in tables])
+    _demand_no_penalty(reduction, tables)
+    sums.samples, sums.batches = (sum(table[key] for table in tables) for key in ("samples", "batches"))
+    if not sums.samples:
+        raise HookjacError("no rank of the group had any sample, so that there is nothing to add up")
+    forms = _forms(tables)
+    names = [name for name in params if any(name == key for _, key in forms)]
+    _sum(sums, forms, params, group)
+    return names
+
+
+def _demand_no_penalty(reduction: Reduction, tables: Sequence[Mapping[str, Any]]) -> None:
+    found = [(rank, name) for rank, table in enumerate(tables) for name in table["penalised"]]
+    if found and reduction == "sum":
+        rank, name = found[0]
+        raise HookjacError(
+            f"the loss of rank {rank} has a part that passes through no sample (a penalty on {name!r}), which a sum "
+            "over ranks would count once for each. Leave it out of the loss and add its own curvature afterwards, or "
+            "use reduction='mean'."
+        )
+
+
+Form = tuple[dict[str, Any], list[tuple[tuple[int, ...], torch.dtype]]]
+
+
+def _forms(tables: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Form]:
+    """Of which form the statistics are; of what reached a parameter on one rank at least."""
+    speaking = [(rank, table["forms"]) for rank, table in enumerate(tables) if table["samples"]]
+    first, forms = speaking[0]
+    for rank, its in speaking:
+        if list(its) != list(forms):
+            odd = sorted({name for _, name in its.keys() ^ forms.keys()})
+            raise HookjacError(
+                f"ranks {first} and {rank} have results for different parameters ({', '.join(odd[:3])}): list the same "
+                "in backward(inputs=...) on all ranks."
+            )
+    found: dict[tuple[str, str], Form] = {}
+    for q, name in forms:
+        each = {rank: its[q, name] for rank, its in speaking}
+        full = {rank: form for rank, form in each.items() if not form[0].get("empty")} or each
+        (one, form), *others = full.items()
+        for rank, other in others:
+            if other != form:
+                raise HookjacError(
+                    f"{q} of parameter {name!r} has another form on rank {rank} ({other[0]}) than on rank {one} "
+                    f"({form[0]}), so that they do not add up."
+                )
+        found[q, name] = form
+    return found
+
+
+def _sum(sums: Sums, forms: Mapping[tuple[str, str], Form], params: Mapping[str, nn.Parameter], group: Group) -> None:
+    """All statistics in one call for each dtype, in the order of `forms`."""
+    before = sums.found, sums.notes
+    sums.found, sums.notes = {}, {}
+    parts: list[tuple[list[Tensor], int]] = []  # where each of them stands
+    for (q, name), (note, form) in forms.items():
+        found = before[0].get(q, {}).get(name)
+        if found is None or (before[1][q][name] != note):  # nothing arrived here
+            found = [torch.zeros(shape, dtype=dtype, device=params[name].device) for shape, dtype in form]
+        sums.found.setdefault(q, {})[name] = found
+        sums.notes.setdefault(q, {})[name] = note
+        parts += [(found, k) for k in range(len(found))]
+    device = next(iter(params.values())).device
+    for dtype in sorted({found[k].dtype for found, k in parts}, key=str):
+        mine = [(found, k) for found, k in parts if found[k].dtype == dtype]
+        together = torch.cat([found[k].to(device).reshape(-1) for found, k in mine])
+        with reaching():
+            dist.all_reduce(together, group=group)
+        pieces = together.split([found[k].numel() for found, k in mine])
+        for (found, k), t in zip(mine, pieces, strict=True):
+            # each in memory of its own: one that is kept shall not keep all
+            found[k] = t.view(found[k].shape).clone().to(found[k].device)
