@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from hookjac.extend import extend
 from hookjac.kronecker import Kronecker, KroneckerSum
 from hookjac.progress import Progress
 from hookjac.quantity import Quantity, parse
+from hookjac.ranks import Group, added, group_of
+from hookjac.sharded import shards
 from hookjac.sums import Measured, Reduction, Sums, demand_reduction, measured, told
 from hookjac.tape import Select
 
@@ -103,6 +105,7 @@ def accumulate(
     step: Callable[[nn.Module, Any], Tensor] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 50,
+    group: Group | Literal["world"] | None = None,
 ) -> Accumulated:
     """Quantities of the loss of a whole data set, batch by batch, in the memory of one batch and of the result.
 
@@ -125,11 +128,24 @@ def accumulate(
         and skipped, and the result is equal to the last bit, provided that the loader gives the same batches (a
         shuffling DataLoader does: its random state is kept, too; one that draws random augmentations does not, and is
         refused). A file of another model, other weights or other quantities is refused.
+    group: a `torch.distributed` process group, or "world": each of its ranks goes through batches of its own, as many
+        as it has, and all get the result of all. They meet once, at the end. A checkpoint is one rank's: each needs a
+        path of its own.
 
     Units: as each quantity has them. Cost: for each batch what `extend` costs. A bar shows where it takes long (tqdm).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accumulate expects a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise HookjacError(
+            "accumulate got a DistributedDataParallel, which waits for a reduction after every batch. Give it the "
+            "wrapped module (model.module), and group='world' for the sums over ranks."
+        )
+    if shards(model):
+        raise HookjacError(
+            "accumulate got a model under fully_shard, whose ranks must go through as many batches, and by "
+            "loss.backward(). Use hookjac.extend(model, ..., group='world') for each batch."
+        )
     if not isinstance(loader, Iterable):
         raise TypeError(f"accumulate expects a loader of batches after the loss, got {type(loader).__name__}")
     if not quantities:
@@ -153,7 +169,8 @@ def accumulate(
         )
     if checkpoint is not None:
         _demand_place(Path(checkpoint))
-    return _Run(model, loss_fn, loader, asked, reduction, output, step).run(
+    among = None if group is None else group_of(group)
+    return _Run(model, loss_fn, loader, asked, reduction, output, step, among).run(
         None if checkpoint is None else Path(checkpoint), every
     )
 
@@ -177,6 +194,7 @@ class _Run:
     reduction: Reduction
     output: Select
     step: Callable[[nn.Module, Any], Tensor] | None
+    group: Group | None
 
     def run(self, path: Path | None, every: int) -> Accumulated:
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -200,10 +218,15 @@ class _Run:
                     self._batch(sums, batch)
                 if path is not None and seen % every == 0:
                     self._write(path, sums, start, identity, batch)
-        if seen < max(1, done):
-            raise HookjacError(f"the loader gave {seen} batches, expected at least {max(1, done)}")
+        least = max(done, 1 if self.group is None else 0)
+        if seen < least:
+            raise HookjacError(f"the loader gave {seen} batches, expected at least {least}")
         if path is not None and sums.batches > done:
             self._write(path, sums, start, identity, batch)
+        if self.group is not None:
+            added(sums, self.asked, self.reduction, self.params, (), self.group)
+        if not sums.samples:
+            raise HookjacError("no batch of the loader had a sample")
         return self._finished(sums)
 
     def _batch(self, sums: Sums, batch: Any) -> None:
@@ -282,7 +305,8 @@ class _Run:
     def _identity(self) -> str:
         """What a checkpoint must agree with: the quantities, the reduction, the model and its weights."""
         held = {k: t for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
-        return _digest([self.reduction, *map(told, self.asked), sorted(self.params), held])
+        mine = [] if self.group is None else [self.group.rank(), self.group.size()]
+        return _digest([self.reduction, *map(told, self.asked), sorted(self.params), held, *mine])
 
     def _write(self, path: Path, sums: Sums, start: list[Tensor], identity: str, batch: Any) -> None:
         tensors = {

@@ -88,8 +88,8 @@ def _shared(
             except RuntimeError as error:
                 wrong[k] = str(error)
     for its in gathered(wrong, group):
-        for k, error in its.items():
-            raise HookjacError(f"matrix {k} of {len(matrices)} (counted from 0) {list(matrices[k].shape)}: {error}.")
+        for k, why in its.items():
+            raise HookjacError(f"matrix {k} of {len(matrices)} (counted from 0) {list(matrices[k].shape)}: {why}.")
     found: list[list[Tensor]] = [[] for _ in matrices]
     for dtype in sorted({t.dtype for t in matrices}, key=str):
         for rank in range(group.size()):
