@@ -31,10 +31,13 @@ def group_of(given: Any) -> Group:
         )
     if isinstance(given, str) and given == "world":
         return dist.group.WORLD
-    if not isinstance(given, dist.ProcessGroup):
-        raise TypeError(
-            f"group must be 'world' or a torch.distributed.ProcessGroup that this process is a member of, got {given!r}"
+    if given is dist.GroupMember.NON_GROUP_MEMBER:
+        raise HookjacError(
+            f"rank {dist.get_rank()} is not a member of the process group that was given as group=. Only members open "
+            "the block with it."
         )
+    if not isinstance(given, dist.ProcessGroup):
+        raise TypeError(f"group must be 'world' or a torch.distributed.ProcessGroup, got {given!r:.80}")
     return given
 
 
