@@ -130,6 +130,8 @@ class extend:
         self._shards = shards(self.model)
         if self._shards:
             self._demand_sharded()
+        else:
+            demand_plain(params)
         self._may_pass = self._light and not self._shards and not foreign(members.kinds)
         # A layer's note holds no graph to what it saved; its autograd nodes do. And where the user's backward carries
         # the columns, nodes know all that is needed

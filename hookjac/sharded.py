@@ -47,15 +47,18 @@ def whole(found: list[Any]) -> Iterator[None]:
     Otherwise they stay whole: the user's backward, which is about to begin, needs them so and parts them after use.
     """
     handles = [m.register_forward_pre_hook(_refuse_forward, prepend=True) for m in found]
+    states = [(state := m._get_fsdp_state(), state._training_state) for m in found]
     try:
         for module in found:
             module.unshard()
         yield
     except BaseException:
         for module in found:
-            module.reset_iter_state()
+            module.reshard()
         raise
     finally:
+        for state, before in states:
+            state._training_state = before  # its hooks took our derivatives for a backward
         for handle in handles:
             handle.remove()
 
@@ -69,6 +72,8 @@ def _refuse_forward(module: nn.Module, args: Any) -> None:
 
 def demand_plain(params: Mapping[str, nn.Parameter]) -> None:
     """Refuse parameters that no rank has as a whole even while the model runs."""
+    if not _kind("torch.distributed.tensor", "DTensor"):
+        return
     for name, p in params.items():
         if is_spread(p):
             raise HookjacError(
