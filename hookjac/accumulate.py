@@ -24,7 +24,7 @@ from hookjac.extend import extend
 from hookjac.kronecker import Kronecker, KroneckerSum
 from hookjac.progress import Progress
 from hookjac.quantity import Quantity, parse
-from hookjac.ranks import Group, added, group_of
+from hookjac.ranks import Group, added, group_of, turn
 from hookjac.sharded import shards
 from hookjac.sums import Measured, Reduction, Sums, demand_reduction, measured, told
 from hookjac.tape import Select
@@ -141,7 +141,7 @@ def accumulate(
             "accumulate got a DistributedDataParallel, which waits for a reduction after every batch. Give it the "
             "wrapped module (model.module), and group='world' for the sums over ranks."
         )
-    if shards(model):
+    if shards({m: name for name, m in model.named_modules()}):
         raise HookjacError(
             "accumulate got a model under fully_shard, whose ranks must go through as many batches, and by "
             "loss.backward(). Use hookjac.extend(model, ..., group='world') for each batch."
@@ -199,6 +199,7 @@ class _Run:
     def run(self, path: Path | None, every: int) -> Accumulated:
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         sums, start = Sums(), self._random()
+        doing = "" if self.group is None else turn("accumulate", self.group)
         identity = "" if path is None else self._identity()
         if path is not None and path.exists():
             sums, start, now = self._resume(path, identity)
@@ -224,7 +225,7 @@ class _Run:
         if path is not None and sums.batches > done:
             self._write(path, sums, start, identity, batch)
         if self.group is not None:
-            added(sums, self.asked, self.reduction, self.params, (), self.group)
+            added(doing, sums, self.asked, self.reduction, self.params, (), self.group)
         if not sums.samples:
             raise HookjacError("no batch of the loader had a sample")
         return self._finished(sums)

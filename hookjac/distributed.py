@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookjac.errors import HookjacError
 from hookjac.kronecker import inverted
-from hookjac.ranks import Group, demand_equal, gathered, group_of, reaching
+from hookjac.ranks import Group, demand_equal, gathered, group_of, reaching, turn
 
 
 def shares(sizes: Sequence[torch.Size], ranks: int) -> list[int]:
@@ -73,7 +73,7 @@ def _shared(
 ) -> list[list[Tensor]]:
     """`work` of each matrix, done on one rank. What goes wrong on one rank is raised on all."""
     mine = group.rank()
-    forms = gathered([_form(t) for t in matrices], group)
+    forms = gathered(turn("shared work", group), [_form(t) for t in matrices], group)
     demand_equal("the matrices", forms)
     for form in forms[0]:
         if isinstance(form, str):
@@ -87,7 +87,7 @@ def _shared(
                 done[k] = work(matrices[k])
             except RuntimeError as error:
                 wrong[k] = str(error)
-    for its in gathered(wrong, group):
+    for its in gathered("", wrong, group):
         for k, why in its.items():
             raise HookjacError(f"matrix {k} of {len(matrices)} (counted from 0) {list(matrices[k].shape)}: {why}.")
     found: list[list[Tensor]] = [[] for _ in matrices]

@@ -28,7 +28,7 @@ from hookjac.quantity import Quantity, parse
 from hookjac.quantity.record import GGN, Diagonal, Graph, Hessian, Loss, Output, Probes, Sampled
 from hookjac.ranks import Group, Ranks, group_of
 from hookjac.rule import foreign
-from hookjac.sharded import demand_plain, like, shards, whole
+from hookjac.sharded import demand_no_pipeline, demand_plain, in_reach, like, shards, whole
 from hookjac.sums import Reduction
 from hookjac.switches import MATH_ATTENTION, QUIET_VMAP
 from hookjac.tape import Select, Tape
@@ -127,7 +127,7 @@ class extend:
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
         self._held = params  # ids stay theirs while we compare them
-        self._shards = shards(self.model)
+        self._shards = shards(members.modules)
         if self._shards:
             self._demand_sharded()
         else:
@@ -141,6 +141,8 @@ class extend:
         self._watch = Watch(self._tape, self._backward, keep)
         self._switch()
         self._open = True
+        if self._ranks is not None:
+            self._ranks.open()
         self._tape.install()
         self._hooks = _hooks()
         self._watch.open()
@@ -254,6 +256,7 @@ class extend:
 
     def _backward(self, start: Start) -> Any:
         """One backward of the user's: ours first, while the graph is alive; then theirs; results last."""
+        demand_no_pipeline()
         if self._ranks is not None:
             self._ranks.kept = {}
         if self._shards:
@@ -348,7 +351,14 @@ class extend:
     ) -> Results | Passage:
         """The results of a walk; or, of a graph that was described, the passage that makes one needless."""
         # a graph made outside inference mode is differentiable inside it, but only once
-        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), QUIET_VMAP:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            self._watch.quiet(self.model),
+            _compiled(),
+            in_reach(),
+            QUIET_VMAP,
+        ):
             count = _hooks()
             found = self._results(list(start.tensors), list(start.weights), members, params, described)
             self._tape.hooks += _hooks() - count

@@ -7,6 +7,7 @@ anything is added), then all statistics in one sum. Ranks without data take part
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,12 +72,23 @@ def reaching() -> Iterator[None]:
         ) from error
 
 
-def gathered(table: Any, group: Group) -> list[Any]:
-    """What each rank says, in the order of ranks."""
+_TURNS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def turn(what: str, group: Group) -> str:
+    """The next thing that this process does with a group. Ranks that do not do the same ones are out of step, as after
+    an error that one of them took no notice of; what they say must not be mixed up."""
+    _TURNS[group] = _TURNS.get(group, 0) + 1
+    return f"{what} number {_TURNS[group]}"
+
+
+def gathered(doing: str, table: Any, group: Group) -> list[Any]:
+    """What each rank says, in the order of ranks. doing: a `turn`."""
     found: list[Any] = [None] * group.size()
     with reaching():
-        dist.all_gather_object(found, table, group=group)
-    return found
+        dist.all_gather_object(found, (doing, table), group=group)
+    demand_equal("what they do with the group", [its[0] for its in found])
+    return [its[1] for its in found]
 
 
 def demand_equal(what: str, said: Sequence[Any]) -> None:
@@ -105,6 +117,10 @@ class Ranks:
                 "of a group: it belongs to single samples and stays on their rank. Leave group= out."
             )
         self.kept: dict[str, dict[str, Measured]] = {}  # parameter -> quantity
+        self._turn = ""
+
+    def open(self) -> None:
+        self.kept, self._turn = {}, turn("block", self.group)
 
     def measuring(self) -> list[Quantity]:
         """The quantities as a block shall ask for them."""
@@ -122,7 +138,7 @@ class Ranks:
             sums.take(self.summed.values(), self.kept, self.reduction)
         penalised = [name for name, its in self.kept.items() if any(one.penalised for one in its.values())]
         self.kept = {}
-        names = added(sums, list(self.summed.values()), self.reduction, params, penalised, self.group)
+        names = added(self._turn, sums, list(self.summed.values()), self.reduction, params, penalised, self.group)
         return {
             name: {q.name: sums.result(q, name, self.reduction, params[name].dtype) for q in self.summed.values()}
             for name in names
@@ -130,6 +146,7 @@ class Ranks:
 
 
 def added(
+    doing: str,
     sums: Sums,
     quantities: Sequence[Quantity],
     reduction: Reduction,
@@ -137,7 +154,7 @@ def added(
     penalised: Sequence[str],
     group: Group,
 ) -> list[str]:
-    """Make the sums of this rank those of the whole group. Returns whose they are. Collective."""
+    """Make the sums of this rank those of the whole group. Returns whose they are. Collective. doing: a `turn`."""
     mine = {
         "the quantities": [told(q) for q in quantities],
         "the reduction": reduction,
@@ -151,7 +168,7 @@ def added(
             for name, parts in found.items()
         },
     }
-    tables = gathered(mine, group)
+    tables = gathered(doing, mine, group)
     for what in ("the quantities", "the reduction", "the parameters"):
         demand_equal(what, [table[what] for table in tables])
     _demand_no_penalty(reduction, tables)

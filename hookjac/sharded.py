@@ -20,19 +20,19 @@ def _kind(place: str, name: str) -> Any:
     return getattr(sys.modules.get(place), name, ())
 
 
-def shards(model: nn.Module) -> list[Any]:
-    """The modules of a model that `fully_shard` was called on. Refuses the older FSDP."""
+def shards(modules: Mapping[nn.Module, str]) -> list[Any]:
+    """Those of the modules (and their names) that `fully_shard` was called on. Refuses the older FSDP."""
     old = _kind("torch.distributed.fsdp", "FullyShardedDataParallel")
     kind = _kind("torch.distributed.fsdp", "FSDPModule")
     if not (old or kind):
         return []
-    for name, module in model.named_modules():
+    for module, name in modules.items():
         if isinstance(module, old):
             raise HookjacError(
                 f"layer {name!r} is a FullyShardedDataParallel (FSDP1), which keeps its parameters as one flat "
                 "tensor without a name for each. Use torch.distributed.fsdp.fully_shard (FSDP2)."
             )
-    return [m for m in model.modules() if isinstance(m, kind)]
+    return [m for m in modules if isinstance(m, kind)]
 
 
 def is_spread(t: Tensor) -> bool:
@@ -78,8 +78,9 @@ def demand_plain(params: Mapping[str, nn.Parameter]) -> None:
         if is_spread(p):
             raise HookjacError(
                 f"parameter {name!r} is a DTensor where the model computes with it ({p.placements}: tensor "  # type: ignore[attr-defined]
-                "parallelism, or one made by hand), so that no rank sees what it receives. hookjac serves "
-                "DistributedDataParallel and fully_shard over data-parallel meshes."
+                "parallelism, one made by hand, or a part of a model under fully_shard), so that no rank sees what it "
+                "receives. hookjac serves DistributedDataParallel, and whole models under fully_shard over "
+                "data-parallel meshes: extend what fully_shard was called on."
             )
 
 
@@ -91,3 +92,35 @@ def like(value: Any, p: Tensor) -> Any:
 
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
     return distribute_tensor(value.to(p.dtype), mesh, placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def in_reach() -> Iterator[None]:
+    """Say in our words that weights outside the extended model lie in shards."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("its data is not allocated", "for storage of size 0")):
+            raise
+        raise HookjacError(
+            "the loss goes through modules under fully_shard outside the extended model, whose weights are in shards "
+            "now. Extend the whole model that fully_shard was called on, or give those reshard_after_forward=False."
+        ) from error
+
+
+_PIPELINE = "torch.distributed.pipelining"
+
+
+def demand_no_pipeline() -> None:
+    """Refuse backwards of a pipeline's schedule: they start from a stage's output, one for each microbatch."""
+    if _PIPELINE not in sys.modules:
+        return
+    frame = sys._getframe()
+    while (above := frame.f_back) is not None:
+        frame = above
+        if frame.f_globals.get("__name__", "").startswith(_PIPELINE):
+            raise HookjacError(
+                "this backward was started by a pipeline's schedule (torch.distributed.pipelining), which has no loss "
+                "at most stages and a backward for each microbatch. hookjac serves DistributedDataParallel and "
+                "fully_shard."
+            )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from workers import Workers, raised, same, working
 
 import hookjac
-from hookjac import KFAC, GGNDiagMC, HookjacError, Hutchinson, accumulate, distributed, extend
+from hookjac import KFAC, GGNDiagMC, HookjacError, Hutchinson, accumulate, distributed, extend, quantity
 from hookjac.distributed import shares
 
 SIZES = (5, 3, 0)  # samples of each rank: the last has none
@@ -372,6 +376,28 @@ def test_disagreement_is_an_error_on_all_ranks(three: Workers) -> None:
     three(check_disagreement)
 
 
+def check_out_of_step(rank: int) -> None:
+    """A rank that takes no notice of an error is a step ahead: its next results are not those of this step."""
+    model, x, y = data("MLP")
+
+    def run(fails: bool) -> None:
+        with extend(model, "ggn_diag", group="world"):
+            F.cross_entropy(model(x), y).backward()
+            if fails:
+                raise ZeroDivisionError
+
+    says = "what they do with the group: rank 0 has block number .*, rank 1 has block number"
+    if rank == 1:
+        with contextlib.suppress(ZeroDivisionError):
+            run(True)
+    raised(HookjacError, says, lambda: run(False))
+
+
+def test_ranks_out_of_step(tmp_path: Path) -> None:
+    with working(2, tmp_path) as workers:
+        workers(check_out_of_step)
+
+
 def check_refusals(rank: int) -> None:
     m = nn.Linear(2, 2)
     for q in ("ntk", "grad_sample_gram", "ggn_mp", "hess_mp", KFAC(fisher="kfra"), KFAC(corrected=True)):
@@ -481,3 +507,63 @@ def test_inversions_are_shared(two: Workers, three: Workers, size: int) -> None:
     each = (two if size == 2 else three)(check_inversions)
     assert sum(each) == 6
     assert all(each), "every rank has a share"
+
+
+# The page ---------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "distributed.md").read_text()
+
+
+def snippet(mark: str, language: str) -> str:
+    (found,) = re.findall(rf"<!-- {mark} -->\n```{language}\n(.*?)```", PAGE, re.S)
+    return str(found)
+
+
+def test_the_page_says_what_becomes_of_every_quantity() -> None:
+    rows = re.findall(r"^\| (added up|stay on|refused)[^|]*\|([^|]*)\|$", PAGE, re.M)
+    told = {what: set(re.findall(r"`(\w+)`", names)) & set(quantity.names()) for what, names in rows}
+    records = quantity.parse(quantity.names())
+    assert told["added up"] == {q.name for q in records if q.adds is not None}
+    assert told["stay on"] == {q.name for q in records if q.single}
+    assert told["refused"] == {q.name for q in records if q.adds is None and not q.single} | {"kfac"}
+
+
+def test_the_launch_line(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(snippet("script", "python"))
+    launch, *words = snippet("launch", "sh").split()
+    assert launch == "torchrun"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^rank (\d), step (\d): (\d+) norms, variance ([\d.]+)$", done.stdout, re.M)
+    assert sorted((rank, step, norms) for rank, step, norms, _ in lines) == [
+        (rank, str(step), norms) for rank, norms in (("0", "40"), ("1", "20")) for step in range(3)
+    ]
+    for step in "012":
+        first, second = (variance for _, its, _, variance in lines if its == step)
+        assert first == second
+    assert len({variance for *_, variance in lines}) == 3, "each step moves the weights"
+
+
+def check_page(rank: int) -> list[str]:
+    said = io.StringIO()
+    _, y = torch.manual_seed(rank), torch.randint(3, (4,))
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    names = {"hookjac": hookjac, "F": F, "model": model, "loss_function": F.cross_entropy, "x": torch.randn(4, 8),
+             "y": y}  # fmt: skip
+    with contextlib.redirect_stdout(said):
+        for text in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+            if "init_process_group" not in text:
+                exec(text, names)
+    return said.getvalue().splitlines()
+
+
+def test_the_other_snippets(two: Workers) -> None:
+    for lines in two(check_page):
+        assert lines == [
+            "DTensor True torch.Size([8, 8]) Kronecker(A=[8, 8], B=[16, 16], shape=[16, 8], swapped=False)"
+        ]

@@ -176,6 +176,8 @@ def sharded(how: str, model: nn.Module) -> nn.Module:
     elif how == "other axis":
         # the last axis, where two ranks can share it equally
         more = {"shard_placement_fn": lambda p: Shard(p.dim() - 1 if p.shape[-1] % 2 == 0 else 0)}
+    elif how == "replicated":
+        more = {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))}
     if how != "one unit":
         for layer in (model[2], model[3], model[4]):  # type: ignore[index]
             fully_shard(layer, **more)
@@ -183,7 +185,7 @@ def sharded(how: str, model: nn.Module) -> nn.Module:
     return model
 
 
-HOW = ["nested", "one unit", "kept whole", "always in shards", "other axis"]
+HOW = ["nested", "one unit", "kept whole", "always in shards", "other axis", "replicated"]
 
 
 def check_fsdp(rank: int, how: str) -> None:
@@ -327,6 +329,93 @@ def test_fsdp_in_mixed_precision(two: Workers) -> None:
     two(check_precision)
 
 
+def check_accumulated_and_frozen(rank: int) -> None:
+    """Gradients that are added up before they are reduced, and a parameter that has none."""
+    models = [blocks(), blocks()]
+    for model in models:
+        model[0].weight.requires_grad_(False)  # type: ignore[index]
+        sharded("nested", model)
+    ours, theirs = models
+    torch.manual_seed(rank)
+    for last in (False, False, True):
+        x, y = torch.randn(3, D), torch.randint(C, (3,))
+        for model in models:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        with extend(ours, "ggn_diag", "grad_sample", group="world"):
+            F.cross_entropy(ours(x), y).backward()
+        F.cross_entropy(theirs(x), y).backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert hasattr(p, "ggn_diag") == hasattr(p, "grad_sample") == p.requires_grad == (name != "0.weight")
+        if p.requires_grad:
+            close(p.grad.to_local(), q.grad.to_local(), name)  # type: ignore[union-attr]
+
+
+def test_fsdp_accumulated_and_frozen(two: Workers) -> None:
+    two(check_accumulated_and_frozen)
+
+
+def check_empty(rank: int, wrap: str) -> None:
+    """A rank without data takes part in what the wrapper does, with a batch of no sample."""
+    alone, model = blocks(), blocks()
+    model = sharded("nested", model) if wrap == "fsdp" else DistributedDataParallel(model)
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    a, b = batch(rank, x, y, (3, 0))
+    asked = ("ggn_diag", "hess_diag", "grad_var")
+    with extend(model, *asked, "grad_sample", group="world"):
+        F.cross_entropy(model(a), b).backward()
+    with extend(alone, *asked):
+        F.cross_entropy(alone(x), y).backward()
+    for (name, p), r in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert p.grad_sample.shape == (len(a), *p.shape)  # type: ignore[attr-defined]
+        for q in asked:
+            found = getattr(p, q)
+            close(found.full_tensor() if wrap == "fsdp" else found, getattr(r, q), (name, q))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_an_empty_batch(two: Workers, wrap: str) -> None:
+    two(check_empty, wrap)
+
+
+def check_parts(rank: int) -> None:
+    """Where only a part of the model, or of what the loss goes through, is under fully_shard."""
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    alone, model = blocks(), blocks()
+    fully_shard(model[2])  # type: ignore[index]
+    with extend(alone, "ggn_diag"):
+        F.cross_entropy(alone(x), y).backward()
+
+    def compare(model: nn.Module, alone: nn.Module) -> None:
+        for (name, p), r in zip(model.named_parameters(), alone.parameters(), strict=True):
+            found: Any = p.ggn_diag  # type: ignore[attr-defined]
+            assert isinstance(found, DTensor) == isinstance(p, DTensor)
+            close(found.full_tensor() if isinstance(found, DTensor) else found, r.ggn_diag, name)  # type: ignore
+
+    with extend(model, "ggn_diag", group="world"):
+        F.cross_entropy(model(x), y).backward()
+    compare(model, alone)
+    for whole in (True, False):
+        trunk, head = blocks(), nn.Linear(C, C)
+        both = copy.deepcopy(head)
+        fully_shard(head, reshard_after_forward=not whole)
+
+        def run(trunk: nn.Module = trunk, head: nn.Module = head, **more: Any) -> None:
+            with extend(trunk, "ggn_diag", **more):
+                F.cross_entropy(head(trunk(x)), y).backward()
+
+        if whole:
+            run(group="world")
+            other = blocks()
+            run(other, both)
+            compare(trunk, other)
+        else:
+            raised(HookjacError, "modules under fully_shard outside the extended model", run)
+
+
+def test_parts_under_fsdp(two: Workers) -> None:
+    two(check_parts)
+
+
 # What is refused --------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +452,13 @@ def check_refusals(rank: int) -> None:
         assert isinstance(p, DTensor)
         close(p.grad.to_local(), q.grad.to_local(), name)  # type: ignore[union-attr]
 
+    def penalty() -> None:
+        with extend(model, "ggn_diag"):
+            loss = F.cross_entropy(model(x), y)
+            (loss + model[2][0].weight.full_tensor().square().sum()).backward()  # type: ignore
+
+    raised(HookjacError, "the shards of parameter '2.0.weight' themselves", penalty)
+    raised(HookjacError, "a part of a model under fully_shard", lambda: extend(model[0]).__enter__())  # type: ignore
     inside = Fn(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)), a=nn.Linear(D, 4), b=nn.Linear(4, C))
     fully_shard(inside.a)  # type: ignore[arg-type]
     fully_shard(inside)
@@ -390,6 +486,29 @@ def check_refusals(rank: int) -> None:
 
 def test_refusals(two: Workers) -> None:
     two(check_refusals)
+
+
+def check_pipeline(rank: int) -> None:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    model = nn.Linear(D, C)
+    schedule = ScheduleGPipe(PipelineStage(model, 0, 1, torch.device("cpu"), group=alone), 2, loss_fn=F.cross_entropy)
+
+    def run() -> None:
+        with extend(model, "ggn_diag"):
+            schedule.step(torch.randn(4, D), target=torch.randint(C, (4,)))
+
+    with pytest.raises(RuntimeError) as found:  # theirs, about ours
+        run()
+    assert isinstance(found.value.__cause__, HookjacError)
+    assert "started by a pipeline's schedule" in str(found.value.__cause__)
+    with extend(model, "ggn_diag"):  # others are none
+        model(torch.randn(4, D)).square().sum().backward()
+
+
+def test_pipelines_are_refused(two: Workers) -> None:
+    two(check_pipeline)
 
 
 def check_checkpoint_inside(rank: int) -> None:
