@@ -303,7 +303,7 @@ class extend:
         with whole(self._shards):
             members = Members(self.model)
             params = members.trainable
-            demand_plain(params)
+            demand_plain(params, self._held)
             self._clear(params, *names)
             results = self._planned(start, members, params, None)
             assert isinstance(results, dict)

@@ -1,12 +1,14 @@
 """The results of a process group's ranks, made into those of all their samples together.
 
-Two calls, the same on every rank and in the same order, when the block closes: what each rank has (compared before
-anything is added), then all statistics in one sum. Ranks without data take part with zeros.
+When the block closes, in calls that are the same on every rank and in the same order: a fingerprint of what each rank
+has; where these differ, what that is, so that all raise alike; then all statistics in one sum for each dtype. Ranks
+without data take part with zeros.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -95,7 +97,14 @@ def demand_equal(what: str, said: Sequence[Any]) -> None:
     """Raise on all ranks alike where they disagree."""
     for rank, its in enumerate(said):
         if its != said[0]:
-            raise HookjacError(f"ranks disagree about {what}: rank 0 has {said[0]}, rank {rank} has {its}.")
+            first = said[0]
+            if isinstance(its, list) and isinstance(first, list):  # what one has and the other has not
+                first, its = ([x for x in one if x not in two] or one for one, two in ((first, its), (its, first)))
+            raise HookjacError(f"ranks disagree about {what}: rank 0 has {first!s:.300}, rank {rank} has {its!s:.300}.")
+
+
+# a note of `Adds.split`, and shape and dtype of each statistic
+Form = tuple[dict[str, Any], list[tuple[tuple[int, ...], torch.dtype]]]
 
 
 @dataclass
@@ -155,34 +164,34 @@ def added(
     group: Group,
 ) -> list[str]:
     """Make the sums of this rank those of the whole group. Returns whose they are. Collective. doing: a `turn`."""
-    mine = {
+    table = {
         "the quantities": [told(q) for q in quantities],
         "the reduction": reduction,
         "the parameters": [(name, tuple(p.shape)) for name, p in params.items()],
-        "samples": sums.samples,
-        "batches": sums.batches,
-        "penalised": list(penalised),
-        "forms": {
-            (q, name): (sums.notes[q][name], [(tuple(t.shape), t.dtype) for t in parts])
-            for q, found in sums.found.items()
-            for name, parts in found.items()
-        },
     }
-    tables = gathered(doing, mine, group)
-    for what in ("the quantities", "the reduction", "the parameters"):
-        demand_equal(what, [table[what] for table in tables])
-    _demand_no_penalty(reduction, tables)
-    sums.samples, sums.batches = (sum(table[key] for table in tables) for key in ("samples", "batches"))
+    forms: dict[tuple[str, str], Form] = {
+        (q, name): (sums.notes[q][name], [(tuple(t.shape), t.dtype) for t in parts])
+        for q, found in sums.found.items()
+        for name, parts in found.items()
+    }
+    digest = hashlib.sha256(repr((table, forms)).encode()).hexdigest()
+    brief = gathered(doing, (digest, sums.samples, sums.batches, list(penalised)), group)
+    samples = [n for _, n, _, _ in brief]
+    if len({its for its, *_ in brief}) > 1:
+        tables = gathered("", (table, forms), group)
+        for what in table:
+            demand_equal(what, [its[what] for its, _ in tables])
+        forms = _agreed({rank: its for rank, (_, its) in enumerate(tables) if samples[rank]})
+    _demand_no_penalty(reduction, [names for *_, names in brief])
+    sums.samples, sums.batches = sum(samples), sum(batches for _, _, batches, _ in brief)
     if not sums.samples:
         raise HookjacError("no rank of the group had any sample, so that there is nothing to add up")
-    forms = _forms(tables)
-    names = [name for name in params if any(name == key for _, key in forms)]
     _sum(sums, forms, params, group)
-    return names
+    return [name for name in params if any(name == key for _, key in forms)]
 
 
-def _demand_no_penalty(reduction: Reduction, tables: Sequence[Mapping[str, Any]]) -> None:
-    found = [(rank, name) for rank, table in enumerate(tables) for name in table["penalised"]]
+def _demand_no_penalty(reduction: Reduction, penalised: Sequence[Sequence[str]]) -> None:
+    found = [(rank, name) for rank, names in enumerate(penalised) for name in names]
     if found and reduction == "sum":
         rank, name = found[0]
         raise HookjacError(
@@ -192,23 +201,21 @@ def _demand_no_penalty(reduction: Reduction, tables: Sequence[Mapping[str, Any]]
         )
 
 
-Form = tuple[dict[str, Any], list[tuple[tuple[int, ...], torch.dtype]]]
-
-
-def _forms(tables: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Form]:
-    """Of which form the statistics are; of what reached a parameter on one rank at least."""
-    speaking = [(rank, table["forms"]) for rank, table in enumerate(tables) if table["samples"]]
-    first, forms = speaking[0]
-    for rank, its in speaking:
+def _agreed(speaking: Mapping[int, Mapping[tuple[str, str], Form]]) -> dict[tuple[str, str], Form]:
+    """Of which form the statistics are, from what the ranks with data say: as where something reached the parameter."""
+    found: dict[tuple[str, str], Form] = {}
+    if not speaking:
+        return found
+    first, forms = next(iter(speaking.items()))
+    for rank, its in speaking.items():
         if list(its) != list(forms):
             odd = sorted({name for _, name in its.keys() ^ forms.keys()})
             raise HookjacError(
                 f"ranks {first} and {rank} have results for different parameters ({', '.join(odd[:3])}): list the same "
                 "in backward(inputs=...) on all ranks."
             )
-    found: dict[tuple[str, str], Form] = {}
     for q, name in forms:
-        each = {rank: its[q, name] for rank, its in speaking}
+        each = {rank: its[q, name] for rank, its in speaking.items()}
         full = {rank: form for rank, form in each.items() if not form[0].get("empty")} or each
         (one, form), *others = full.items()
         for rank, other in others:

@@ -70,8 +70,11 @@ def _refuse_forward(module: nn.Module, args: Any) -> None:
     )
 
 
-def demand_plain(params: Mapping[str, nn.Parameter]) -> None:
-    """Refuse parameters that no rank has as a whole even while the model runs."""
+def demand_plain(params: Mapping[str, nn.Parameter], shards: Mapping[str, nn.Parameter] | None = None) -> None:
+    """Refuse parameters that no rank has as a whole even while the model runs, or that are elsewhere when it does not.
+
+    shards: the same parameters in shards.
+    """
     if not _kind("torch.distributed.tensor", "DTensor"):
         return
     for name, p in params.items():
@@ -81,6 +84,11 @@ def demand_plain(params: Mapping[str, nn.Parameter]) -> None:
                 "parallelism, one made by hand, or a part of a model under fully_shard), so that no rank sees what it "
                 "receives. hookjac serves DistributedDataParallel, and whole models under fully_shard over "
                 "data-parallel meshes: extend what fully_shard was called on."
+            )
+        if shards is not None and shards[name].device != p.device:
+            raise HookjacError(
+                f"parameter {name!r} is kept on {shards[name].device} and used on {p.device} (an offload policy of "
+                "fully_shard), where its results could not stay. Call fully_shard without offload_policy."
             )
 
 

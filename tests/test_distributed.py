@@ -539,7 +539,7 @@ def test_the_launch_line(tmp_path: Path) -> None:
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = re.findall(r"^rank (\d), step (\d): (\d+) norms, variance ([\d.]+)$", done.stdout, re.M)
+    lines = re.findall(r"rank (\d), step (\d): (\d+) norms, variance (\d+\.\d{6})", done.stdout)
     assert sorted((rank, step, norms) for rank, step, norms, _ in lines) == [
         (rank, str(step), norms) for rank, norms in (("0", "40"), ("1", "20")) for step in range(3)
     ]

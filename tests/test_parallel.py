@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from workers import Workers, raised, same
 
 from hookjac import KFAC, HookjacError, extend, passing
+from hookjac.sharded import demand_plain
 from hookjac.talkers import NODES
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -486,6 +487,13 @@ def check_refusals(rank: int) -> None:
 
 def test_refusals(two: Workers) -> None:
     two(check_refusals)
+
+
+def test_offloading_is_refused() -> None:
+    """Where there is but a CPU, nothing is offloaded from it."""
+    shards, p = {"w": nn.Parameter(torch.ones(2))}, nn.Parameter(torch.ones(2, device="meta"))
+    with pytest.raises(HookjacError, match=r"'w' is kept on cpu and used on meta .*without offload_policy"):
+        demand_plain({"w": p}, shards)
 
 
 def check_pipeline(rank: int) -> None:
