@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from workers import Workers, raised, same, working
 
 import hookjac
-from hookjac import KFAC, GGNDiagMC, HookjacError, Hutchinson, accumulate, distributed, extend, quantity
+from hookjac import KFAC, Adds, GGNDiagMC, HookjacError, Hutchinson, Quantity, accumulate, distributed, extend, quantity
 from hookjac.distributed import shares
 
 SIZES = (5, 3, 0)  # samples of each rank: the last has none
@@ -159,6 +159,33 @@ def check_single(rank: int) -> None:
 
 def test_single_samples_stay_on_their_rank(three: Workers) -> None:
     three(check_single)
+
+
+def check_own(rank: int) -> None:
+    """Quantities of one's own, which say themselves what becomes of them."""
+    model, x, y = data("MLP")
+
+    def own(name: str, reduce: Any, **more: Any) -> Quantity:
+        return Quantity(name=name, columns="loss", reduce=reduce, **more)
+
+    def run(x: Tensor, y: Tensor, **more: Any) -> dict[str, Tensor]:
+        cubes = own("cubes", lambda got: got.columns()[0].pow(3).sum(0), adds=Adds(powers=(3,)))
+        tops = own("tops", lambda got: got.columns()[0].flatten(1).amax(1), single=True)
+        with extend(model, cubes, tops, **more):
+            if len(x):
+                F.cross_entropy(model(x), y).backward()
+        assert not len(x) or all(p.tops.shape == (len(x),) for p in model.parameters())  # type: ignore[attr-defined]
+        return {k: p.cubes for k, p in trainable(model).items()}  # type: ignore[attr-defined]
+
+    found, wanted = run(mine(rank, x), mine(rank, y), group="world"), run(x, y)
+    for k, t in wanted.items():
+        close(found[k], t, k)
+    says = "neither adds up nor belongs to single samples. Leave group= out"
+    raised(HookjacError, says, lambda: extend(model, own("odd", lambda got: 1), "ggn_diag", group="world"))
+
+
+def test_ones_own_quantities(three: Workers) -> None:
+    three(check_own)
 
 
 def check_steps(rank: int) -> None:

@@ -140,6 +140,33 @@ def test_ddp_whoever_computes_the_gradients(two: Workers, kind: str, roads: str)
     assert counts[0] == counts[1] == (0 if roads == "all by autograd" else 4 if kind == "static graph" else 5)
 
 
+def check_products(rank: int, kind: str) -> None:
+    """Products run later, over the same graph, and are of this rank's own batch; nobody's reduction hears of them."""
+    model, other = (DistributedDataParallel(Wide(unused=kind == "unused"), **KINDS[kind]) for _ in range(2))
+    alone = Wide(unused=kind == "unused")
+    torch.manual_seed(rank)
+    for _ in range(2):
+        x, y = torch.randn(6, 64), torch.randint(5, (6,))
+        with extend(model, "hess_mp", "ggn_mp") as ext:
+            F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(other(x), y).backward()
+        with extend(alone, "hess_mp", "ggn_mp") as its:
+            F.cross_entropy(alone(x), y).backward()
+        v = torch.randn(ext.hessian.shape[1])
+        close(ext.hessian @ v, its.hessian @ v, "hessian")
+        close(ext.ggn @ v, its.ggn @ v, "ggn")
+        for p, q, r in zip(model.parameters(), other.parameters(), alone.parameters(), strict=True):
+            close(p.hess_mp(r.detach()), r.hess_mp(r.detach()), "hess_mp")  # type: ignore[attr-defined]
+            assert (p.grad is None) == (q.grad is None)
+            if p.grad is not None and q.grad is not None:
+                close(p.grad, q.grad, "grad")
+
+
+@pytest.mark.parametrize("kind", ["plain", "static graph", "unused"])
+def test_products_under_ddp(two: Workers, kind: str) -> None:
+    two(check_products, kind)
+
+
 def check_nodes(rank: int) -> list[set[str]]:
     """Which nodes of theirs the graphs really hold."""
     found = []
@@ -235,13 +262,13 @@ def test_fsdp(two: Workers, how: str) -> None:
     two(check_fsdp, how)
 
 
-def check_fsdp_model(rank: int, name: str) -> None:
+def check_fsdp_model(rank: int, name: str, units: bool) -> None:
     torch.manual_seed(2)
     model = MODELS[name].build()
     x, y = torch.cat([MODELS[name].inputs() for _ in range(2)]), torch.randint(C, (8,))
     alone, asked = copy.deepcopy(model), ("grad_sample", "grad_var", "ggn_diag", "hess_diag", "kfac")
     asked = (*asked[:-1], KFAC(fisher="empirical"))  # type: ignore[assignment]
-    for child in model.children():
+    for child in model.children() if units else ():
         fully_shard(child)
     fully_shard(model)
     a, b = batch(rank, x, y, (3, 5))
@@ -257,9 +284,9 @@ def check_fsdp_model(rank: int, name: str) -> None:
         close(p.grad_sample, r.grad_sample.split([3, 5])[rank] * 8 / len(a), key)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["CNN", "residual", "transformer", "LSTM"])
+@pytest.mark.parametrize("name", ["CNN", "residual", "transformer", "LSTM", "tied", "bare"])
 def test_fsdp_of_other_models(two: Workers, name: str) -> None:
-    two(check_fsdp_model, name)
+    two(check_fsdp_model, name, name != "tied")  # what is used twice must lie in one unit
 
 
 def check_fsdp_alone(rank: int) -> None:
