@@ -214,9 +214,11 @@ class Choice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.never = nn.Linear(D, C), nn.Linear(D, C), nn.Linear(D, C)
+        self.e = nn.Embedding(2, C)
 
     def forward(self, x: Tensor, which: int) -> Tensor:
-        return (self.b if which else self.a)(x)  # type: ignore[no-any-return]
+        out: Tensor = self.b(x) if which else self.a(x) + self.e((x[:, 0] > 0).long())
+        return out
 
 
 def check_choice(rank: int) -> None:
@@ -228,6 +230,8 @@ def check_choice(rank: int) -> None:
     for layer, its in (("a", mine(0, x)), ("b", mine(1, x))):
         p: Any = getattr(model, layer).weight
         close(p.kfac.A, its.T @ its / len(its), layer)
+    p = model.e.weight
+    close(p.kfac.A, (mine(0, x)[:, 0] > 0).long().bincount(minlength=2) / 5.0, "e")
     p = model.never.weight
     assert p.kfac.B.eq(0).all()
     assert p.ggn_diag.eq(0).all()

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from workers import Workers, raised, same
 
-from hookjac import KFAC, HookjacError, extend, passing
+from hookjac import KFAC, HessDiag, HookjacError, Quantity, extend, passing
 from hookjac.sharded import demand_plain
 from hookjac.talkers import NODES
 
@@ -468,18 +468,6 @@ def check_refusals(rank: int) -> None:
     raised(HookjacError, "only a backward into all", wrong(lambda loss: loss.backward(inputs=params)))
     raised(HookjacError, "only a backward into all", wrong(lambda loss: torch.autograd.grad(loss, params)))
 
-    def mixes() -> None:
-        with extend(model, "ggn_diag"):
-            F.cross_entropy(model(x), y).sqrt().backward()
-
-    raised(HookjacError, "mix", mixes)
-    F.cross_entropy(model(x), y).backward()  # and the model is as it was
-    again = sharded("nested", blocks())
-    F.cross_entropy(again(x), y).backward()
-    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert isinstance(p, DTensor)
-        close(p.grad.to_local(), q.grad.to_local(), name)  # type: ignore[union-attr]
-
     def penalty() -> None:
         with extend(model, "ggn_diag"):
             loss = F.cross_entropy(model(x), y)
@@ -514,6 +502,36 @@ def check_refusals(rank: int) -> None:
 
 def test_refusals(two: Workers) -> None:
     two(check_refusals)
+
+
+def check_after_an_error(rank: int, how: str) -> None:
+    """Refused half-way through our walk; the model is as it was."""
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    ours, theirs = (sharded(how, blocks()) for _ in range(2))
+
+    def fail(got: Any) -> Any:
+        raise HookjacError("halfway")
+
+    late = Quantity(name="late", columns="loss", reduce=fail)
+
+    def run() -> None:
+        with extend(ours, "hutchinson", HessDiag(road="entries"), late):  # backwards of autograd's own are behind it
+            F.cross_entropy(ours(x), y).backward()
+
+    raised(HookjacError, "late of parameter .* halfway", run)
+    assert all(isinstance(p, DTensor) for p in ours.parameters())
+    for model in (ours, theirs):
+        F.cross_entropy(model(x), y).backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        assert isinstance(q, DTensor)
+        close(p.grad.to_local(), q.grad.to_local(), name)  # type: ignore[union-attr]
+        assert not hasattr(p, "hutchinson")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_after_an_error(two: Workers, how: str) -> None:
+    two(check_after_an_error, how)
 
 
 def test_offloading_is_refused() -> None:
