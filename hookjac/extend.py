@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -174,11 +174,13 @@ class extend:
         self._tape.remove()
         if self._switches is not None:
             self._switches.close()
-        if self._ranks is not None and kind is None:
-            params = Members(self.model).trainable
-            self._clear(params, *self._ranks.summed)
-            self._attach(params, self._ranks.exchange(params), everywhere=True)
-        self._held = {}
+        try:
+            if self._ranks is not None and kind is None:
+                params = Members(self.model).trainable
+                self._clear(params, *self._ranks.summed)
+                self._attach(params, self._ranks.exchange(params), everywhere=True)
+        finally:
+            self._held = {}
 
     def explain(self) -> Explanation:
         """Which road every parameter took in the last backward of this block, and why."""
@@ -233,6 +235,12 @@ class extend:
             for name in names:
                 vars(p).pop(name, None)
 
+    def _begin(self, params: Mapping[str, nn.Parameter]) -> None:
+        self._clear(params, *(q.name for q in self.quantities))
+        self._found = {}
+        if self._ranks is not None:
+            self._ranks.kept = {}
+
     def _leave(self, params: Mapping[str, nn.Parameter], found: Mapping[str, Mapping[str, Any]]) -> None:
         """The results of one backward: parameter -> quantity -> result. What is to be added up waits."""
         self._found = {
@@ -257,20 +265,15 @@ class extend:
     def _backward(self, start: Start) -> Any:
         """One backward of the user's: ours first, while the graph is alive; then theirs; results last."""
         demand_no_pipeline()
-        if self._ranks is not None:
-            self._ranks.kept = {}
         if self._shards:
             return self._backward_of_shards(start)
         members = Members(self.model)
         params = members.trainable
         if start.inputs is not None:
-            chosen = {id(getattr(getattr(t, "node", None), "variable", t)) for t in start.inputs}
-            listed = {name: p for name, p in params.items() if id(p) in chosen}
-            if not listed:
+            params = _listed(start.inputs, params)
+            if not params:
                 return start.call()  # a gradient towards something else, inputs say: not ours
-            params = listed
-        self._clear(params, *(q.name for q in self.quantities))
-        self._found = {}
+        self._begin(params)
         memory.turn()
         described = self._describe(start, params)
         passage: Passage | str | None = None
@@ -290,21 +293,22 @@ class extend:
 
     def _backward_of_shards(self, start: Start) -> Any:
         """The same under `fully_shard`: other objects are the parameters while they are whole."""
-        if not start.fills or start.inputs is not None:
+        params = Members(self.model).trainable
+        if start.inputs is not None:
+            if not (_listed(start.inputs, params) or _listed(start.inputs, self._held)):
+                return start.call()
             raise HookjacError(
                 "under fully_shard only a backward into all parameters' .grad is served: autograd.grad and "
                 "backward(inputs=...) would look for shards in a graph of whole parameters. Use loss.backward()."
             )
-        names = [q.name for q in self.quantities]
-        self._found = {}
+        self._begin(params)
+        self._begin(self._held)
         memory.turn()
-        for params in (self._held, Members(self.model).params):
-            self._clear(params, *names)
         with whole(self._shards):
             members = Members(self.model)
             params = members.trainable
             demand_plain(params, self._held)
-            self._clear(params, *names)
+            self._begin(params)
             results = self._planned(start, members, params, None)
             assert isinstance(results, dict)
             found = {name: results[id(p)] for name, p in params.items()}
@@ -403,6 +407,12 @@ class extend:
             self._operators = walk.operators
             self._explanation = explain(self.model, plan, walk.seeds.roads)
         return results
+
+
+def _listed(inputs: Sequence[Any], params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters among the `inputs=` of a backward."""
+    chosen = {id(getattr(getattr(t, "node", None), "variable", t)) for t in inputs}
+    return {name: p for name, p in params.items() if id(p) in chosen}
 
 
 def _hooks() -> int:

@@ -198,6 +198,9 @@ def check_steps(rank: int) -> None:
                 F.cross_entropy(model(a[:1]), b[:1]).backward()  # replaced by the next
             if len(a) or rank == 2:  # a batch without a sample
                 F.cross_entropy(model(a), b).backward()
+            if len(a):  # a gradient of the user's own, towards something else
+                free = a.clone().requires_grad_()
+                torch.autograd.grad(model(free).sum(), free)
         found = {k: (p.grad_var, p.ggn_diag) for k, p in trainable(model).items()}  # type: ignore[attr-defined]
         with extend(model, "grad_var", "ggn_diag"):
             F.cross_entropy(model(x), y).backward()

@@ -468,6 +468,13 @@ def check_refusals(rank: int) -> None:
     raised(HookjacError, "only a backward into all", wrong(lambda loss: loss.backward(inputs=params)))
     raised(HookjacError, "only a backward into all", wrong(lambda loss: torch.autograd.grad(loss, params)))
 
+    free = x.clone().requires_grad_()
+    wrong(lambda loss: loss.backward())()
+    kept = params[0].ggn_diag  # type: ignore[attr-defined]
+    with extend(model, "ggn_diag"):  # towards something else is none of ours
+        torch.autograd.grad(model(free).sum(), free)
+    assert params[0].ggn_diag is kept  # type: ignore[attr-defined]
+
     def penalty() -> None:
         with extend(model, "ggn_diag"):
             loss = F.cross_entropy(model(x), y)
