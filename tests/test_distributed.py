@@ -26,7 +26,19 @@ from torch.nn.parallel import DistributedDataParallel
 from workers import Workers, raised, same, working
 
 import hookjac
-from hookjac import KFAC, Adds, GGNDiagMC, HookjacError, Hutchinson, Quantity, accumulate, distributed, extend, quantity
+from hookjac import (
+    KFAC,
+    Adds,
+    GGNDiagMC,
+    HookjacError,
+    Hutchinson,
+    KroneckerSum,
+    Quantity,
+    accumulate,
+    distributed,
+    extend,
+    quantity,
+)
 from hookjac.distributed import shares
 
 SIZES = (5, 3, 0)  # samples of each rank: the last has none
@@ -404,6 +416,28 @@ class Table(nn.Module):
     def forward(self, i: Tensor, plain: int) -> Tensor:
         h = self.e(i).mean(1)
         return h if plain else h @ self.e.weight.T
+
+
+def check_sum_of_products(rank: int) -> None:
+    table, i = Table(), torch.randint(3, (8, 2))
+    few = dist.new_group([0])  # a group of one process is one, too
+    found = []
+    for group in (few, "world") if rank == 0 else ("world",):
+        with extend(table, KFAC(fisher="exact"), group=group):
+            its = i if group is few else mine(rank, i)
+            if len(its):
+                F.cross_entropy(table(its, 0), its[:, 0]).backward()
+        found.append(table.e.weight.kfac)  # type: ignore[attr-defined]
+    with extend(table, KFAC(fisher="exact")):
+        F.cross_entropy(table(i, 0), i[:, 0]).backward()
+    wanted = table.e.weight.kfac  # type: ignore[attr-defined]
+    assert isinstance(wanted, KroneckerSum)
+    for its in found:
+        same(its, wanted, rank)
+
+
+def test_a_sum_of_kronecker_products(three: Workers) -> None:
+    three(check_sum_of_products)
 
 
 def test_disagreement_is_an_error_on_all_ranks(three: Workers) -> None:
