@@ -5,6 +5,7 @@ with hookjac.extend(model):
 # p.grad_sample [N, *p], p.jac [N, *out, *p], p.hess_diag [*p]
 """
 
+from hookjac import distributed as distributed
 from hookjac import layers as layers
 from hookjac.accumulate import accumulate
 from hookjac.check import check

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,10 @@ from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.progress import Progress
 from hookjac.quantity import Quantity, parse
-from hookjac.quantity.record import Adds, Received
+from hookjac.ranks import Group, added, group_of, turn
 from hookjac.saving import Accumulated
+from hookjac.sharded import shards
+from hookjac.sums import Measured, Reduction, Sums, demand_reduction, measured, told
 from hookjac.tape import Select
 
 
@@ -32,11 +34,12 @@ def accumulate(
     loss_fn: Callable[..., Tensor] | None,
     loader: Iterable[Any],
     *quantities: str | Quantity,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Reduction = "mean",
     output: Select = None,
     step: Callable[[nn.Module, Any], Tensor] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 50,
+    group: Group | Literal["world"] | None = None,
 ) -> Accumulated:
     """Quantities of the loss of a whole data set, batch by batch, in the memory of one batch and of the result.
 
@@ -59,11 +62,24 @@ def accumulate(
         and skipped, and the result is equal to the last bit, provided that the loader gives the same batches (a
         shuffling DataLoader does: its random state is kept, too; one that draws random augmentations does not, and is
         refused). A file of another model, other weights or other quantities is refused.
+    group: a `torch.distributed` process group, or "world": each of its ranks goes through batches of its own, as many
+        as it has, and all get the result of all. They meet once, at the end. A checkpoint is one rank's: each needs a
+        path of its own.
 
     Units: as each quantity has them. Cost: for each batch what `extend` costs. A bar shows where it takes long (tqdm).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accumulate expects a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise HookjacError(
+            "accumulate got a DistributedDataParallel, which waits for a reduction after every batch. Give it the "
+            "wrapped module (model.module), and group='world' for the sums over ranks."
+        )
+    if shards({m: name for name, m in model.named_modules()}):
+        raise HookjacError(
+            "accumulate got a model under fully_shard, whose ranks must go through as many batches, and by "
+            "loss.backward(). Use hookjac.extend(model, ..., group='world') for each batch."
+        )
     if not isinstance(loader, Iterable):
         raise TypeError(f"accumulate expects a loader of batches after the loss, got {type(loader).__name__}")
     if not quantities:
@@ -71,8 +87,7 @@ def accumulate(
     asked = parse(quantities)
     for q in asked:
         _demand_adds(q)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    demand_reduction(reduction)
     if (loss_fn is None) == (step is None):
         raise ValueError("give either a loss_fn of output and targets, or step= from (model, batch) to the loss")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -88,7 +103,8 @@ def accumulate(
         )
     if checkpoint is not None:
         files.demand_place(Path(checkpoint))
-    return _Run(model, loss_fn, loader, asked, reduction, output, step).run(
+    among = None if group is None else group_of(group)
+    return _Run(model, loss_fn, loader, asked, reduction, output, step, among).run(
         None if checkpoint is None else Path(checkpoint), every
     )
 
@@ -104,45 +120,20 @@ def _demand_adds(q: Quantity) -> None:
 
 
 @dataclass
-class _Sums:
-    """What has been added up so far: quantity -> parameter -> statistics."""
-
-    found: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
-    notes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    samples: int = 0
-    batches: int = 0
-    last: str = ""  # what the last batch was
-
-    def add(self, q: Quantity, name: str, measured: Any, weight: int) -> None:
-        """weight: by which a mean over a batch becomes a sum."""
-        assert q.adds is not None
-        parts, note = q.adds.split(measured)
-        new = [t.detach() * float(weight) ** power for t, power in zip(parts, _powers(q.adds, parts), strict=True)]
-        sums, notes = self.found.setdefault(q.name, {}), self.notes.setdefault(q.name, {})
-        if name not in sums or notes[name].get("empty"):
-            sums[name], notes[name] = new, note
-        elif not note.get("empty"):
-            if note != notes[name]:
-                raise HookjacError(
-                    f"{q.name} of parameter {name!r} has another form in batch {self.batches} ({note}) than before "
-                    f"({notes[name]}), so that they do not add up."
-                )
-            sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)]
-
-
-@dataclass
 class _Run:
     model: nn.Module
     loss_fn: Callable[..., Tensor] | None
     loader: Iterable[Any]
     asked: list[Quantity]
-    reduction: str
+    reduction: Reduction
     output: Select
     step: Callable[[nn.Module, Any], Tensor] | None
+    group: Group | None
 
     def run(self, path: Path | None, every: int) -> Accumulated:
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        sums, start = _Sums(), self._random()
+        sums, start = Sums(), self._random()
+        doing = "" if self.group is None else turn("accumulate", self.group)
         identity = "" if path is None else self._identity()
         if path is not None and path.exists():
             sums, start, now = self._resume(path, identity)
@@ -162,18 +153,23 @@ class _Run:
                     self._batch(sums, batch)
                 if path is not None and seen % every == 0:
                     self._write(path, sums, start, identity, batch)
-        if seen < max(1, done):
-            raise HookjacError(f"the loader gave {seen} batches, expected at least {max(1, done)}")
+        least = max(done, 1 if self.group is None else 0)
+        if seen < least:
+            raise HookjacError(f"the loader gave {seen} batches, expected at least {least}")
         if path is not None and sums.batches > done:
             self._write(path, sums, start, identity, batch)
+        if self.group is not None:
+            added(doing, sums, self.asked, self.reduction, self.params, (), self.group)
+        if not sums.samples:
+            raise HookjacError("no batch of the loader had a sample")
         return self._finished(sums)
 
-    def _batch(self, sums: _Sums, batch: Any) -> None:
+    def _batch(self, sums: Sums, batch: Any) -> None:
         device = next(iter(self.params.values())).device if self.params else None
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
-        measuring = [replace(q, reduce=_measure(q)) for q in self.asked]
+        measuring = [replace(q, reduce=measured(q)) for q in self.asked]
         before = {name: {q.name: vars(p).pop(q.name, None) for q in self.asked} for name, p in self.params.items()}
-        found: dict[str, dict[str, tuple[int, bool, Any]]] = {}
+        found: dict[str, dict[str, Measured]] = {}
         try:
             with extend(self.model, *measuring, output=self.output):
                 loss = self._loss(batch)
@@ -185,19 +181,15 @@ class _Run:
                     vars(p).pop(attribute, None)
                     if value is not None:
                         setattr(p, attribute, value)
-        n = next(iter(found.values()))[self.asked[0].name][0]
-        for name, measured in found.items():
-            for q in self.asked:
-                _, penalised, value = measured[q.name]
-                if penalised and self.reduction == "sum":
+        if self.reduction == "sum":
+            for name, its in found.items():
+                if any(one.penalised for one in its.values()):
                     raise HookjacError(
                         f"the loss has a part that passes through no sample (a penalty on {name!r}), which a sum over "
                         "batches would count once for each. Leave it out of the step and add its own curvature "
                         "afterwards, or use reduction='mean'."
                     )
-                sums.add(q, name, value, n if self.reduction == "mean" else 1)
-        sums.samples += n
-        sums.batches += 1
+        sums.take(self.asked, found, self.reduction)
 
     def _loss(self, batch: Any) -> Tensor:
         if self.step is not None:
@@ -214,15 +206,11 @@ class _Run:
         out = self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
         return self.loss_fn(out, *targets)
 
-    def _finished(self, sums: _Sums) -> Accumulated:
+    def _finished(self, sums: Sums) -> Accumulated:
         results: dict[str, dict[str, Any]] = {}
         for q in self.asked:
-            assert q.adds is not None
             for name, p in self.params.items():
-                weight = sums.samples if self.reduction == "mean" else 1
-                parts = sums.found[q.name][name]
-                parts = [t / float(weight) ** power for t, power in zip(parts, _powers(q.adds, parts), strict=True)]
-                value = q.adds.join(sums.notes[q.name][name], parts, sums.samples)
+                value = sums.result(q, name, self.reduction, p.dtype)
                 results.setdefault(q.name, {})[name] = value
                 setattr(p, q.name, value)
         about = {name: (p.shape, p.dtype) for name, p in self.params.items()}
@@ -252,15 +240,11 @@ class _Run:
 
     def _identity(self) -> str:
         """What a checkpoint must agree with: the quantities, the reduction, the model and its weights."""
-        told = [self.reduction]
-        for q in self.asked:
-            assert q.adds is not None
-            options = [f"{f.name}={getattr(q.wish, f.name)}" for f in fields(q.wish) if f.name != "generator"]
-            told.append(f"{q.name} {type(q.wish).__name__} {options} {q.adds.label}")
         held = {k: t for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
-        return _digest([*told, sorted(self.params), held])
+        mine = [] if self.group is None else [self.group.rank(), self.group.size()]
+        return _digest([self.reduction, *map(told, self.asked), sorted(self.params), held, *mine])
 
-    def _write(self, path: Path, sums: _Sums, start: list[Tensor], identity: str, batch: Any) -> None:
+    def _write(self, path: Path, sums: Sums, start: list[Tensor], identity: str, batch: Any) -> None:
         tensors = {
             f"{q}/{name}/{k}": t
             for q, found in sums.found.items()
@@ -273,7 +257,7 @@ class _Run:
         about = {"sums": sums.notes, "samples": sums.samples, "batches": sums.batches, "last": sums.last}
         files.write(path, tensors, about | {"identity": identity})
 
-    def _resume(self, path: Path, identity: str) -> tuple[_Sums, list[Tensor], list[Tensor]]:
+    def _resume(self, path: Path, identity: str) -> tuple[Sums, list[Tensor], list[Tensor]]:
         tensors, about = files.read(path, "sums")
         if about["identity"] != identity:
             raise HookjacError(
@@ -290,18 +274,8 @@ class _Run:
             q: {name: [t.to(devices[name]) for t in listed(f"{q}/{name}")] for name in notes}
             for q, notes in about["sums"].items()
         }
-        sums = _Sums(found, about["sums"], about["samples"], about["batches"], about["last"])
+        sums = Sums(found, about["sums"], about["samples"], about["batches"], about["last"])
         return sums, listed("start"), listed("now")
-
-
-def _powers(adds: Adds, parts: list[Tensor]) -> list[int]:
-    return list(adds.powers) * (len(parts) // len(adds.powers))
-
-
-def _measure(q: Quantity) -> Callable[[Received], tuple[int, bool, Any]]:
-    assert isinstance(q.adds, Adds)
-    measure = q.adds.measure or q.reduce
-    return lambda got: (got.N, got.direct is not None, measure(got))
 
 
 def _demand_same(wanted: str, found: str, path: Path | None) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from hookjac.passing import Pass, serves
 from hookjac.plan import make_plan
 from hookjac.quantity import Quantity, parse
 from hookjac.quantity.record import GGN, Diagonal, Graph, Hessian, Loss, Output, Probes, Sampled
+from hookjac.ranks import Group, Ranks, group_of
 from hookjac.rule import foreign
+from hookjac.sharded import demand_no_pipeline, demand_plain, in_reach, like, shards, whole
+from hookjac.sums import Reduction
 from hookjac.switches import MATH_ATTENTION, QUIET_VMAP
 from hookjac.tape import Select, Tape
 from hookjac.watch import Start, Watch
@@ -43,6 +46,12 @@ class extend:
     create_graph: results carry a graph back to parameters and inputs, so that they can stand inside a loss (a penalty
         on the Jacobian, a loss of gradient norms). For quantities of the gradient and the Jacobian. The graph of the
         backward stays alive until you `del` the results; autograd's nodes do the work of module rules.
+    group: a `torch.distributed` process group, or "world". What adds up (diagonals, blocks, factors, sums) is then of
+        the loss of all ranks' samples together, the same on every rank. The ranks add up as the block closes, in one
+        exchange: all of them open it and close it, a rank without data with nothing inside. What belongs to single
+        samples stays on their rank, of that rank's own loss. `ext` and the parameters have the sums once the block is
+        closed. See docs/distributed.md.
+    reduction: of each rank's loss, and so of the loss of all: "mean" (the default) over samples, or "sum".
 
     Any of `loss.backward()`, `torch.autograd.backward` and `torch.autograd.grad` (towards parameters) inside the
     block triggers it, and each replaces the results of the one before. Results are plain attributes of the trainable
@@ -54,7 +63,13 @@ class extend:
     """
 
     def __init__(
-        self, model: nn.Module, *quantities: str | Quantity, output: Select = None, create_graph: bool = False
+        self,
+        model: nn.Module,
+        *quantities: str | Quantity,
+        output: Select = None,
+        create_graph: bool = False,
+        group: Group | Literal["world"] | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"extend expects a torch.nn.Module, got {type(model).__name__}: {model!r:.80}")
@@ -75,6 +90,9 @@ class extend:
                 f"create_graph=True serves quantities of the gradient and of the Jacobian; {curved[0]!r} is made of "
                 "second derivatives. Ask for it in a block of its own, or name what you want: extend(model, 'jac')."
             )
+        self._ranks = self._of_group(group, reduction)
+        if self._ranks is not None:
+            self.quantities = self._ranks.measuring()
         served = (Loss, Output, GGN, Sampled, Hessian)
         self._light = not create_graph and all(isinstance(q.wish, served) for q in self.quantities)
         self._open = False
@@ -82,6 +100,15 @@ class extend:
         self._explanation: Explanation | None = None
         self._operators: dict[str, Curvature] = {}
         self._found: dict[str, dict[str, Any]] = {}  # quantity -> parameter -> its result
+
+    def _of_group(self, group: Any, reduction: Reduction | None) -> Ranks | None:
+        if group is None:
+            if reduction is not None:
+                raise ValueError(f"reduction={reduction!r} says how the ranks of a group add up; give group=, too")
+            return None
+        if self._create_graph:
+            raise ValueError("create_graph=True cannot be used with group=: no graph leads through other ranks")
+        return Ranks(group_of(group), "mean" if reduction is None else reduction, self.quantities)
 
     def __enter__(self) -> extend:
         if self._open:
@@ -100,7 +127,12 @@ class extend:
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
         self._held = params  # ids stay theirs while we compare them
-        self._may_pass = self._light and not foreign(members.kinds)
+        self._shards = shards(members.modules)
+        if self._shards:
+            self._demand_sharded()
+        else:
+            demand_plain(params)
+        self._may_pass = self._light and not self._shards and not foreign(members.kinds)
         # A layer's note holds no graph to what it saved; its autograd nodes do. And where the user's backward carries
         # the columns, nodes know all that is needed
         noted = not self._create_graph and not (self._may_pass and self._passes())
@@ -109,10 +141,20 @@ class extend:
         self._watch = Watch(self._tape, self._backward, keep)
         self._switch()
         self._open = True
+        if self._ranks is not None:
+            self._ranks.open()
         self._tape.install()
         self._hooks = _hooks()
         self._watch.open()
         return self
+
+    def _demand_sharded(self) -> None:
+        late = [q.name for q in self.quantities if isinstance(q.wish, Graph)]
+        if self._create_graph or late:
+            raise HookjacError(
+                f"{late[0] if late else 'create_graph=True'} under fully_shard is not supported: it needs the weights "
+                "after the backward, when no rank has them whole. Use DistributedDataParallel."
+            )
 
     def _switch(self) -> None:
         twice = any(isinstance(q.wish, (Hessian, Diagonal, Probes, Graph)) for q in self.quantities)
@@ -124,15 +166,21 @@ class extend:
         if self._create_graph or twice:
             self._switches.enter_context(MATH_ATTENTION)
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *exc: object) -> None:
         if not self._open:
             raise HookjacError("this extend block is not open")
         self._open = False
-        self._held = {}
         self._watch.close()
         self._tape.remove()
         if self._switches is not None:
             self._switches.close()
+        try:
+            if self._ranks is not None and kind is None:
+                params = Members(self.model).trainable
+                self._clear(params, *self._ranks.summed)
+                self._attach(params, self._ranks.exchange(params), everywhere=True)
+        finally:
+            self._held = {}
 
     def explain(self) -> Explanation:
         """Which road every parameter took in the last backward of this block, and why."""
@@ -181,21 +229,51 @@ class extend:
             raise self._missing(kind, name)
         return self._operators[kind]
 
+    def _clear(self, params: Mapping[str, nn.Parameter], *names: str) -> None:
+        """Nobody shall read the last step's after an error, and its memory is needed."""
+        for p in params.values():
+            for name in names:
+                vars(p).pop(name, None)
+
+    def _begin(self, params: Mapping[str, nn.Parameter]) -> None:
+        self._clear(params, *(q.name for q in self.quantities))
+        self._found = {}
+        if self._ranks is not None:
+            self._ranks.kept = {}
+
+    def _leave(self, params: Mapping[str, nn.Parameter], found: Mapping[str, Mapping[str, Any]]) -> None:
+        """The results of one backward: parameter -> quantity -> result. What is to be added up waits."""
+        self._found = {
+            q: {name: its[q] for name, its in found.items()}
+            for q in ("jac", "ntk")
+            if any(q == one.name for one in self.quantities)
+        }
+        self._attach(params, found if self._ranks is None else self._ranks.keep(found))
+
+    def _attach(
+        self, params: Mapping[str, nn.Parameter], found: Mapping[str, Mapping[str, Any]], *, everywhere: bool = False
+    ) -> None:
+        """everywhere: the same on all ranks, and so placed as the parameter is."""
+        for name, its in found.items():
+            owners = [params[name]]
+            if self._shards and self._held[name] is not owners[0]:
+                owners.append(self._held[name])  # left whole after the backward: it will be parted again
+            for p in owners:
+                for q, value in its.items():
+                    setattr(p, q, like(value, p) if everywhere else value)
+
     def _backward(self, start: Start) -> Any:
         """One backward of the user's: ours first, while the graph is alive; then theirs; results last."""
+        demand_no_pipeline()
+        if self._shards:
+            return self._backward_of_shards(start)
         members = Members(self.model)
         params = members.trainable
         if start.inputs is not None:
-            chosen = {id(getattr(getattr(t, "node", None), "variable", t)) for t in start.inputs}
-            listed = {name: p for name, p in params.items() if id(p) in chosen}
-            if not listed:
+            params = _listed(start.inputs, params)
+            if not params:
                 return start.call()  # a gradient towards something else, inputs say: not ours
-            params = listed
-        for p in params.values():
-            for q in self.quantities:
-                # nobody shall read the last step's after an error, and its memory is needed
-                vars(p).pop(q.name, None)
-        self._found = {}
+        self._begin(params)
         memory.turn()
         described = self._describe(start, params)
         passage: Passage | str | None = None
@@ -210,10 +288,32 @@ class extend:
         if isinstance(results, Passage):  # at once: the first step shall not differ from the others, not by a bit
             return self._pass(results, described, start, params)
         answer = start.call()
-        for p in params.values():
-            for name, value in results[id(p)].items():
-                setattr(p, name, value)
-        self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
+        self._leave(params, {name: results[id(p)] for name, p in params.items()})
+        return answer
+
+    def _backward_of_shards(self, start: Start) -> Any:
+        """The same under `fully_shard`: other objects are the parameters while they are whole."""
+        params = Members(self.model).trainable
+        if start.inputs is not None:
+            if not (_listed(start.inputs, params) or _listed(start.inputs, self._held)):
+                return start.call()
+            raise HookjacError(
+                "under fully_shard only a backward into all parameters' .grad is served: autograd.grad and "
+                "backward(inputs=...) would look for shards in a graph of whole parameters. Use loss.backward()."
+            )
+        self._begin(params)
+        self._begin(self._held)
+        memory.turn()
+        with whole(self._shards):
+            members = Members(self.model)
+            params = members.trainable
+            demand_plain(params, self._held)
+            self._begin(params)
+            results = self._planned(start, members, params, None)
+            assert isinstance(results, dict)
+            found = {name: results[id(p)] for name, p in params.items()}
+        answer = start.call()
+        self._leave(Members(self.model).trainable, found)
         return answer
 
     def _describe(self, start: Start, params: dict[str, nn.Parameter]) -> Described | None:
@@ -244,14 +344,10 @@ class extend:
         curved = any(isinstance(q.wish, Hessian) for q in self.quantities)
         self._explanation = passage.curved if curved else passage.explanation
         names = [q.name for q in self.quantities]
-        for p, values in zip(params.values(), found, strict=True):
-            for name, value in zip(names, values, strict=True):
-                setattr(p, name, value)
-        self._found = {
-            name: {key: values[k] for key, values in zip(params, found, strict=True)}
-            for k, name in enumerate(names)
-            if name in ("jac", "ntk")
-        }
+        self._leave(
+            params,
+            {key: dict(zip(names, values, strict=True)) for key, values in zip(params, found, strict=True)},
+        )
         return answer
 
     def _planned(
@@ -259,7 +355,14 @@ class extend:
     ) -> Results | Passage:
         """The results of a walk; or, of a graph that was described, the passage that makes one needless."""
         # a graph made outside inference mode is differentiable inside it, but only once
-        with torch.inference_mode(False), torch.enable_grad(), self._watch.quiet(self.model), _compiled(), QUIET_VMAP:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            self._watch.quiet(self.model),
+            _compiled(),
+            in_reach(),
+            QUIET_VMAP,
+        ):
             count = _hooks()
             found = self._results(list(start.tensors), list(start.weights), members, params, described)
             self._tape.hooks += _hooks() - count
@@ -304,6 +407,12 @@ class extend:
             self._operators = walk.operators
             self._explanation = explain(self.model, plan, walk.seeds.roads)
         return results
+
+
+def _listed(inputs: Sequence[Any], params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters among the `inputs=` of a backward."""
+    chosen = {id(getattr(getattr(t, "node", None), "variable", t)) for t in inputs}
+    return {name: p for name, p in params.items() if id(p) in chosen}
 
 
 def _hooks() -> int:

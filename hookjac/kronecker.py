@@ -23,6 +23,14 @@ def _demand_damping(damping: float) -> None:
         raise ValueError(f"damping must be a number that is not negative, got {damping!r}")
 
 
+def inverted(t: Tensor) -> Tensor | None:  # [n, n], [b, n, n], or a diagonal [n]
+    """The inverse of a positive definite matrix, by Cholesky; None where it is not."""
+    if t.dim() == 1:
+        return 1 / t if bool((t > 0).all()) else None
+    factor, info = torch.linalg.cholesky_ex(t)
+    return None if bool(info.any()) else torch.cholesky_inverse(factor)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Kronecker:
     """`p.kfac`: the curvature of one parameter as B (x) A.
@@ -120,21 +128,13 @@ class Kronecker:
         _demand_damping(damping)
         damped = self.damped(damping, pi=pi) if damping else self
 
-        def inverted(t: Tensor) -> Tensor:
-            if t.dim() == 1:
-                positive, found = bool((t > 0).all()), 1 / t
-            else:
-                factor, info = torch.linalg.cholesky_ex(t)
-                positive = not bool(info.any())
-                found = torch.cholesky_inverse(factor) if positive else t
-            if not positive:
-                raise HookjacError(
-                    f"a factor of {self} is not positive definite (singular, or of a loss that is not convex), so that "
-                    f"it has no inverse. Give a larger damping than {damping}."
-                )
-            return found
-
-        return replace(damped, A=None if damped.A is None else inverted(damped.A), B=inverted(damped.B))
+        A, B = None if damped.A is None else inverted(damped.A), inverted(damped.B)
+        if B is None or (A is None and damped.A is not None):
+            raise HookjacError(
+                f"a factor of {self} is not positive definite (singular, or of a loss that is not convex), so that "
+                f"it has no inverse. Give a larger damping than {damping}."
+            )
+        return replace(damped, A=A, B=B)
 
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
         """(B (x) A + damping)⁻¹ v, exactly damped: by eigenvectors. v [*p] or [k, *p]. Error where that is singular."""

@@ -27,6 +27,7 @@ from hookjac.plan import Plan, reachable
 from hookjac.roads import Roads, choose, piecewise_linear
 from hookjac.rule import NodeRule, node_rule
 from hookjac.samples import Layout
+from hookjac.talkers import talks
 from hookjac.uses import turns
 from hookjac.ways import Join, Way, joins, ways
 
@@ -201,7 +202,10 @@ def _cost(plan: Plan, p: int) -> Cost:
 
 
 def _alone(plan: Plan, found: Described) -> bool:
-    """Does the graph lead to no leaf but parameters that are served, all of whose gradients are dense?"""
+    """Does the graph lead to no leaf but parameters that are served, all of whose gradients are dense, by no node that
+    waits for them to be there when the backward ends?"""
+    if any(talks(node) for node in found.nodes):
+        return False
     if any(getattr(node, "_saved_sparse", False) for node in found.nodes):  # optimizers rely on it: autograd's own
         return False
     leaves = [leaf for node in found.nodes if (leaf := Edge(node, 0).leaf) is not None]

@@ -22,6 +22,7 @@ from hookjac.products import second_backward
 from hookjac.route import Columns, Group, Key, Route, Stop, walk
 from hookjac.rule import Call, node_rule
 from hookjac.samples import Layout, agree, find, random, scaled, scales
+from hookjac.sharded import is_spread
 from hookjac.structure import placed
 from hookjac.tape import Tape, mixing_batchnorm
 from hookjac.uses import Uses, find_uses
@@ -226,6 +227,12 @@ def _check_parameters(
         call, leaf = route.calls.get(key), route.leaf(key)
         found: list[Tensor] = [leaf] if leaf is not None else [] if call is None else list(call.params.values())
         for p in found:
+            if id(p) in known and id(p) not in current and is_spread(p):
+                raise HookjacError(
+                    f"the loss reaches the shards of parameter {known[id(p)]!r} themselves, past the model (a penalty "
+                    "on model.parameters() under fully_shard). Leave it out of the loss: weight decay belongs to the "
+                    "optimizer, and its curvature is known."
+                )
             if id(p) in known and id(p) not in current:
                 raise HookjacError(
                     f"parameter {known[id(p)]!r} was replaced or removed between forward and backward: the graph still "

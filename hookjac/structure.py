@@ -17,6 +17,7 @@ from hookjac.graph import Edge, Node, children, meta, signed
 from hookjac.places import Placed, placing
 from hookjac.route import Key, Route
 from hookjac.samples import Layout
+from hookjac.talkers import NODES
 
 
 def placed(route: Route, starts: Iterable[Edge], N: int, needed: Collection[Key]) -> dict[Edge, Layout | None] | None:
@@ -80,7 +81,7 @@ def _into(route: Route, key: Key, edge: Edge, layout: Layout | None) -> Placed:
 _IN_ORDER = {
     "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward0",
     "SqueezeBackward1", "SqueezeBackward2", "NegBackward0", "CloneBackward0", "ToCopyBackward0", "AliasBackward0",
-    "DivBackward1", "MulBackward1",
+    "DivBackward1", "MulBackward1", *NODES,
 }  # fmt: skip
 _LINEAR = _IN_ORDER | {
     "SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1", "NllLossBackward0", "NllLoss2DBackward0",

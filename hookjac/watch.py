@@ -24,6 +24,7 @@ from torch.overrides import (
 
 from hookjac.errors import HookjacError
 from hookjac.switches import Switch
+from hookjac.talkers import SILENT
 from hookjac.tape import Tape
 
 
@@ -94,7 +95,8 @@ class Watch(TorchFunctionMode):
         try:
             for found, _ in silenced:
                 found.clear()
-            yield
+            with SILENT:
+                yield
         finally:
             for found, kept in silenced:
                 found.update(kept)

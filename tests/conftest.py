@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from workers import Workers, working
 
 DEVICE = os.environ.get("HOOKJAC_TEST_DEVICE") or None  # "cuda": all tests there
 
@@ -19,3 +20,17 @@ def double() -> Iterator[None]:
     torch.set_default_device(None)
     torch.set_default_dtype(before)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Two processes of a gloo group."""
+    with working(2, tmp_path_factory.mktemp("two")) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Three of them."""
+    with working(3, tmp_path_factory.mktemp("three")) as workers:
+        yield workers

@@ -114,6 +114,18 @@ def test_forms_of_batches() -> None:
             assert torch.equal(found["ggn_diag"][k], wanted["ggn_diag"][k])
 
 
+def test_batches_without_a_sample_count_for_nothing() -> None:
+    model, x, y = data("MLP")
+    wanted = accumulate(model, F.cross_entropy, batches(x, y), "ggn_diag", "grad_var")
+    found = accumulate(model, F.cross_entropy, [(x[:0], y[:0]), *batches(x, y), (x[:0], y[:0])], "ggn_diag", "grad_var")
+    assert (found.samples, found.batches) == (SAMPLES, 5)
+    for q in found:
+        for k in trainable(model):
+            assert torch.equal(found[q][k], wanted[q][k])
+    with pytest.raises(HookjacError, match="no batch of the loader had a sample"):
+        accumulate(model, F.cross_entropy, [(x[:0], y[:0])], "ggn_diag")
+
+
 def test_ones_own_quantity_adds_up() -> None:
     model, x, y = data("MLP")
 

@@ -13,6 +13,7 @@ import torch
 from hookjac.graph import Node, signed
 from hookjac.places import Placed, Shapes, dims_of, kept, leading, place, reduced, same, view
 from hookjac.samples import Layout
+from hookjac.talkers import NODES
 
 
 def _names(*short: str) -> list[str]:
@@ -119,6 +120,13 @@ def _transposed(node: Node, layout: Layout, out: torch.Size, shapes: Shapes) -> 
 place("PermuteBackward0", into=_permuted)
 place("TransposeBackward0", into=_transposed)
 place("TBackward0", into=lambda node, la, out, s: [replace(la, axis=1 - la.axis) if len(out) == 2 else la])
+
+
+def _handed_on(node: Node, layout: Layout, out: torch.Size, shapes: Shapes) -> Placed:
+    return [layout] if len(shapes) == 1 else None
+
+
+place(*NODES, into=_handed_on)
 
 # Parts ------------------------------------------------------------------------------------------------------------
 

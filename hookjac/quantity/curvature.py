@@ -39,7 +39,7 @@ def GGNDiagSample(*, subsample: Samples = None) -> Quantity:
     parameters.
     """
     return Quantity(name="ggn_diag_sample", columns=GGN(), reduce=_diagonals, subsample=chosen(subsample),
-                    entries=lambda M, C, P: M * P, instead="ggn_diag is their sum.")  # fmt: skip
+                    entries=lambda M, C, P: M * P, instead="ggn_diag is their sum.", single=True)  # fmt: skip
 
 
 def GGNDiagMC(*, samples: int = 1, generator: torch.Generator | None = None, subsample: Samples = None) -> Quantity:
@@ -75,7 +75,7 @@ def HessDiagSample(*, road: Road = "auto", flop_limit: float = 1e17, subsample: 
     """
     wish = Hessian(road, flop_limit)
     return Quantity(name="hess_diag_sample", columns=wish, reduce=_diagonals, subsample=chosen(subsample),
-                    entries=lambda M, C, P: M * P, instead="hess_diag is their sum.")  # fmt: skip
+                    entries=lambda M, C, P: M * P, instead="hess_diag is their sum.", single=True)  # fmt: skip
 
 
 def GGNSqrt(
@@ -111,7 +111,8 @@ def GGNSqrt(
 
     return Quantity(name="ggn_sqrt", columns=wish, reduce=reduce, subsample=chosen(subsample),
                     entries=None if structured else lambda M, C, P: M * P * (C if samples is None else samples),
-                    instead="structured=True keeps its factors; samples= gives fewer, random columns.")  # fmt: skip
+                    instead="structured=True keeps its factors; samples= gives fewer, random columns.",
+                    single=True)  # fmt: skip
 
 
 def _root(metric: Tensor) -> Tensor:  # [N, V] or [N, V, V] -> R of the same shape with M = Rᵀ R

@@ -34,6 +34,7 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Sam
         return out.to(got.param.dtype).contiguous()  # autocast works in another
 
     return Quantity(name="grad_sample", columns="loss", reduce=reduce, subsample=chosen(subsample), each="entries",
+                    single=True,
                     entries=lambda M, C, P: M * P,
                     instead="grad_sample_norm, grad_sample_gram and grad_var build nothing of that size.")  # fmt: skip
 
@@ -53,7 +54,9 @@ def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
             return factor.lengths()[0].to(got.param.dtype)
         return root(squares(got)).to(got.param.dtype)
 
-    return Quantity(name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample), each="norm")
+    return Quantity(
+        name="grad_sample_norm", columns="loss", reduce=reduce, subsample=chosen(subsample), each="norm", single=True
+    )
 
 
 def GradSampleGram(*, subsample: Samples = None) -> Quantity:

@@ -26,7 +26,7 @@ def Jac(*, outputs: Samples = None, subsample: Samples = None) -> Quantity:
             return zero(got.param, got.M, shape)
         return JacTensor(got.factor, shape, got.param.dtype)
 
-    return Quantity(name="jac", columns=Output(rows), reduce=reduce, subsample=chosen(subsample))
+    return Quantity(name="jac", columns=Output(rows), reduce=reduce, subsample=chosen(subsample), single=True)
 
 
 def NTK(*, outputs: Samples = None, subsample: Samples = None) -> Quantity:

@@ -44,7 +44,7 @@ def GradSampleProjected(*, k: int = 512, seed: int = 0, subsample: Samples = Non
         return (out / k**0.5).to(got.param.dtype).contiguous()
 
     return Quantity(name="grad_sample_projected", columns="loss", reduce=reduce, subsample=chosen(subsample),
-                    entries=lambda M, C, P: M * k, instead="Use a smaller k.")  # fmt: skip
+                    entries=lambda M, C, P: M * k, instead="Use a smaller k.", single=True)  # fmt: skip
 
 
 def signs(name: str, shape: torch.Size, k: int, seed: int) -> tuple[Tensor, Tensor]:

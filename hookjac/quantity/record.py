@@ -237,7 +237,9 @@ class Quantity:
     whole: it looks at the sum over the samples, too.
     entries: `(samples, C, P)`: how many entries the result for one parameter has, where these may be too many; what
         cannot fit is refused before anything is allocated. instead: what to ask for then.
-    adds: how `accumulate` makes up the result of a data set; None: results of batches do not add up.
+    adds: how `accumulate` makes up the result of a data set, and `group=` that of all ranks; None: results of batches
+        do not add up.
+    single: the result belongs to single samples: with `group=` it stays on their rank.
     """
 
     name: str
@@ -250,6 +252,7 @@ class Quantity:
     entries: Callable[[int, int, int], float] | None = None
     instead: str = ""
     adds: Adds | None = None
+    single: bool = False
     wish: Wish = field(init=False)
 
     def __post_init__(self) -> None:

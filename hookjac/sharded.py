@@ -1,0 +1,134 @@
+"""FSDP2 (`fully_shard`): parameters that lie in shards, and are whole only where the model runs.
+
+Our walk goes while all of them are whole; the user's own backward then runs as ever. Results go onto the shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hookjac.errors import HookjacError
+
+
+def _kind(place: str, name: str) -> Any:
+    """A class of torch.distributed, if anybody has loaded it: else there is nothing of that kind."""
+    return getattr(sys.modules.get(place), name, ())
+
+
+def shards(modules: Mapping[nn.Module, str]) -> list[Any]:
+    """Those of the modules (and their names) that `fully_shard` was called on. Refuses the older FSDP."""
+    old = _kind("torch.distributed.fsdp", "FullyShardedDataParallel")
+    kind = _kind("torch.distributed.fsdp", "FSDPModule")
+    if not (old or kind):
+        return []
+    for module, name in modules.items():
+        if isinstance(module, old):
+            raise HookjacError(
+                f"layer {name!r} is a FullyShardedDataParallel (FSDP1), which keeps its parameters as one flat "
+                "tensor without a name for each. Use torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+    return [m for m in modules if isinstance(m, kind)]
+
+
+def is_spread(t: Tensor) -> bool:
+    """Is it a DTensor?"""
+    return isinstance(t, _kind("torch.distributed.tensor", "DTensor"))
+
+
+@contextlib.contextmanager
+def whole(found: list[Any]) -> Iterator[None]:
+    """All parameters in one piece, as the graph has them; after an error in shards again.
+
+    Otherwise they stay whole: the user's backward, which is about to begin, needs them so and parts them after use.
+    """
+    handles = [m.register_forward_pre_hook(_refuse_forward, prepend=True) for m in found]
+    states = [(state := m._get_fsdp_state(), state._training_state) for m in found]
+    try:
+        for module in found:
+            module.unshard()
+        yield
+    except BaseException:
+        for module in found:
+            module.reshard()
+        raise
+    finally:
+        for state, before in states:
+            state._training_state = before  # its hooks took our derivatives for a backward
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_forward(module: nn.Module, args: Any) -> None:
+    raise HookjacError(
+        f"a checkpoint runs the {type(module).__name__} again, and would part its weights while they are needed. Under "
+        "fully_shard put the checkpoint inside: fully_shard(checkpoint_wrapper(block)), or a checkpoint in its forward."
+    )
+
+
+def demand_plain(params: Mapping[str, nn.Parameter], shards: Mapping[str, nn.Parameter] | None = None) -> None:
+    """Refuse parameters that no rank has as a whole even while the model runs, or that are elsewhere when it does not.
+
+    shards: the same parameters in shards.
+    """
+    if not _kind("torch.distributed.tensor", "DTensor"):
+        return
+    for name, p in params.items():
+        if is_spread(p):
+            raise HookjacError(
+                f"parameter {name!r} is a DTensor where the model computes with it ({p.placements}: tensor "  # type: ignore[attr-defined]
+                "parallelism, one made by hand, or a part of a model under fully_shard), so that no rank sees what it "
+                "receives. hookjac serves DistributedDataParallel, and whole models under fully_shard over "
+                "data-parallel meshes: extend what fully_shard was called on."
+            )
+        if shards is not None and shards[name].device != p.device:
+            raise HookjacError(
+                f"parameter {name!r} is kept on {shards[name].device} and used on {p.device} (an offload policy of "
+                "fully_shard), where its results could not stay. Call fully_shard without offload_policy."
+            )
+
+
+def like(value: Any, p: Tensor) -> Any:
+    """A result of the parameter's own shape [*p], the same on all ranks, placed as the parameter is."""
+    if not is_spread(p) or not isinstance(value, Tensor) or value.shape != p.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(p.dtype), mesh, placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def in_reach() -> Iterator[None]:
+    """Say in our words that weights outside the extended model lie in shards."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("its data is not allocated", "for storage of size 0")):
+            raise
+        raise HookjacError(
+            "the loss goes through modules under fully_shard outside the extended model, whose weights are in shards "
+            "now. Extend the whole model that fully_shard was called on, or give those reshard_after_forward=False."
+        ) from error
+
+
+_PIPELINE = "torch.distributed.pipelining"
+
+
+def demand_no_pipeline() -> None:
+    """Refuse backwards of a pipeline's schedule: they start from a stage's output, one for each microbatch."""
+    if _PIPELINE not in sys.modules:
+        return
+    frame = sys._getframe()
+    while (above := frame.f_back) is not None:
+        frame = above
+        if frame.f_globals.get("__name__", "").startswith(_PIPELINE):
+            raise HookjacError(
+                "this backward was started by a pipeline's schedule (torch.distributed.pipelining), which has no loss "
+                "at most stages and a backward for each microbatch. hookjac serves DistributedDataParallel and "
+                "fully_shard."
+            )

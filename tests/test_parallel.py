@@ -1,0 +1,596 @@
+"""Models under DistributedDataParallel and FSDP2: `.grad` stays what it is without us, results are the whole's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from cases import C, D, Fn
+from oracle import close, trainable
+from test_quantities import MODELS
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from workers import Workers, raised, same
+
+from hookjac import KFAC, HessDiag, HookjacError, Quantity, extend, passing
+from hookjac.sharded import demand_plain
+from hookjac.talkers import NODES
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+SUMS = ("grad_sq_sum", "grad_var", "ggn_diag", "hess_diag", "ggn_block", KFAC(fisher="exact"))
+SINGLE = ("grad_sample", "grad_sample_norm", "jac", "ggn_diag_sample")
+
+
+def named(asked: tuple[Any, ...]) -> list[str]:
+    return [q if isinstance(q, str) else q.name for q in asked]
+
+
+def batch(rank: int, x: Tensor, y: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return x.split(list(sizes))[rank], y.split(list(sizes))[rank]
+
+
+# DistributedDataParallel ------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Layers large enough for every road of the gradients, and one that is not used."""
+
+    def __init__(self, *, unused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 5))
+        self.spare = nn.Linear(3, 3) if unused else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "static graph": {"static_graph": True},
+    "unused": {"find_unused_parameters": True},
+    "bucket view": {"gradient_as_bucket_view": True},
+    "small buckets": {"bucket_cap_mb": 0.02, "static_graph": True, "gradient_as_bucket_view": True},
+}
+
+
+def check_ddp(rank: int, kind: str, inner: bool, asked: tuple[str, ...], roads: str) -> int:
+    delivered = []
+    deliver, slower = passing.deliver, passing.slower
+    passing.deliver = lambda *given: (delivered.append(1), deliver(*given))[1]  # type: ignore[func-returns-value]
+    if roads != "as measured":
+        known = {"all ours": [], "the first by autograd": [0], "all by autograd": None}[roads]
+        passing.slower = lambda *_, **__: known  # type: ignore[assignment]
+    try:
+        _steps(rank, kind, inner, asked, delivered)
+    finally:
+        passing.deliver, passing.slower = deliver, slower
+    return len(delivered)
+
+
+def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered: list[int]) -> None:
+    unused = kind == "unused"
+    ours, theirs = (DistributedDataParallel(Wide(unused=unused), **KINDS[kind]) for _ in range(2))
+    alone = Wide(unused=unused)
+    steps = [torch.optim.SGD(m.parameters(), 0.1) for m in (ours, theirs)]
+    torch.manual_seed(7)
+    for step in range(4):
+        x, y = torch.randn(40, 64), torch.randint(5, (40,))
+        a, b = batch(rank, x, y, (24, 16))
+        alone.load_state_dict(ours.module.state_dict())
+        for optimizer in steps:
+            optimizer.zero_grad()
+        quiet = step == 2  # gradients are added up on each rank first
+        for model in (ours, theirs):
+            for again in (True, False) if quiet else (False,):
+                sync = model.no_sync() if again else torch.enable_grad()
+                with sync:
+                    if model is theirs:
+                        F.cross_entropy(model(a), b).backward()
+                        continue
+                    with extend(ours.module if inner else ours, *asked, group="world"):
+                        F.cross_entropy(model(a), b).backward()
+        before = len(delivered)
+        with extend(alone, *asked):
+            F.cross_entropy(alone(x), y).backward()
+        del delivered[before:]
+        for (name, p), q, r in zip(
+            ours.module.named_parameters(), theirs.parameters(), alone.parameters(), strict=True
+        ):
+            assert (p.grad is None) == (q.grad is None)
+            if p.grad is not None and q.grad is not None:
+                close(p.grad, q.grad, (step, name))
+            for quantity in asked:
+                if quantity not in SINGLE:
+                    same(getattr(p, quantity), getattr(r, quantity), (step, name, quantity))
+            if "grad_sample" in asked:  # of the rank's own mean
+                mine = r.grad_sample.split([24, 16])[rank] * 40 / len(a)  # type: ignore[attr-defined]
+                close(p.grad_sample, mine, (step, name))  # type: ignore[attr-defined]
+        for optimizer in steps:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["the model", "its module"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddp(two: Workers, kind: str, inner: bool) -> None:
+    for asked in (("grad_sample", "grad_var"), ("grad_sample", "ggn_diag"), ("hess_diag", "kfac_exact")):
+        counts = two(check_ddp_named, kind, inner, asked)
+        assert counts[0] == counts[1]
+
+
+def check_ddp_named(rank: int, kind: str, inner: bool, asked: tuple[str, ...]) -> int:
+    return check_ddp(rank, kind, inner, tuple(q for q in asked if q != "kfac_exact"), "as measured")
+
+
+@pytest.mark.parametrize("roads", ["all ours", "the first by autograd", "all by autograd"])
+@pytest.mark.parametrize("kind", ["plain", "static graph", "bucket view"])
+def test_ddp_whoever_computes_the_gradients(two: Workers, kind: str, roads: str) -> None:
+    counts = two(check_ddp, kind, False, ("grad_sample", "ggn_diag"), roads)
+    # static graphs wait for gradients at the end of the first backward, and there is a node that tells
+    assert counts[0] == counts[1] == (0 if roads == "all by autograd" else 4 if kind == "static graph" else 5)
+
+
+def check_products(rank: int, kind: str) -> None:
+    """Products run later, over the same graph, and are of this rank's own batch; nobody's reduction hears of them."""
+    model, other = (DistributedDataParallel(Wide(unused=kind == "unused"), **KINDS[kind]) for _ in range(2))
+    alone = Wide(unused=kind == "unused")
+    torch.manual_seed(rank)
+    for _ in range(2):
+        x, y = torch.randn(6, 64), torch.randint(5, (6,))
+        with extend(model, "hess_mp", "ggn_mp") as ext:
+            F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(other(x), y).backward()
+        with extend(alone, "hess_mp", "ggn_mp") as its:
+            F.cross_entropy(alone(x), y).backward()
+        v = torch.randn(ext.hessian.shape[1])
+        close(ext.hessian @ v, its.hessian @ v, "hessian")
+        close(ext.ggn @ v, its.ggn @ v, "ggn")
+        for p, q, r in zip(model.parameters(), other.parameters(), alone.parameters(), strict=True):
+            close(p.hess_mp(r.detach()), r.hess_mp(r.detach()), "hess_mp")  # type: ignore[attr-defined]
+            assert (p.grad is None) == (q.grad is None)
+            if p.grad is not None and q.grad is not None:
+                close(p.grad, q.grad, "grad")
+
+
+@pytest.mark.parametrize("kind", ["plain", "static graph", "unused"])
+def test_products_under_ddp(two: Workers, kind: str) -> None:
+    two(check_products, kind)
+
+
+def check_nodes(rank: int) -> list[set[str]]:
+    """Which nodes of theirs the graphs really hold."""
+    found = []
+    for options in (KINDS["static graph"], KINDS["unused"]):
+        model = DistributedDataParallel(Wide(unused="find_unused_parameters" in options), **options)
+        node, names = model(torch.randn(2, 64)).grad_fn, set()
+        while node is not None:
+            names.add(type(node).__name__)
+            node = node.next_functions[0][0] if node.next_functions else None
+        found.append(names)
+    return found
+
+
+def test_nodes_of_ddp_are_met(two: Workers) -> None:
+    for names in two(check_nodes)[0]:
+        assert NODES[0] in names
+
+
+# FSDP2 ------------------------------------------------------------------------------------------------------------
+
+
+def blocks() -> nn.Module:
+    """Sizes that two ranks cannot share equally, a bias of one entry, layers within layers."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7))
+    return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), inner, nn.Sequential(nn.Linear(7, 1), nn.SiLU()), nn.Linear(1, C))
+
+
+def sharded(how: str, model: nn.Module) -> nn.Module:
+    more: dict[str, Any] = {}
+    if how == "kept whole":
+        more = {"reshard_after_forward": False}
+    elif how == "always in shards":
+        more = {"reshard_after_forward": True}
+    elif how == "other axis":
+        # the last axis, where two ranks can share it equally
+        more = {"shard_placement_fn": lambda p: Shard(p.dim() - 1 if p.shape[-1] % 2 == 0 else 0)}
+    elif how == "replicated":
+        more = {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))}
+    if how != "one unit":
+        for layer in (model[2], model[3], model[4]):  # type: ignore[index]
+            fully_shard(layer, **more)
+    fully_shard(model, **more)
+    return model
+
+
+HOW = ["nested", "one unit", "kept whole", "always in shards", "other axis", "replicated"]
+
+
+def check_fsdp(rank: int, how: str) -> None:
+    alone, ours, theirs = blocks(), sharded(how, blocks()), sharded(how, blocks())
+    torch.manual_seed(7)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (ours, theirs)]
+    for step, sizes in enumerate([(5, 3), (4, 4), (1, 7)]):
+        x, y = torch.randn(8, D), torch.randint(C, (8,))
+        a, b = batch(rank, x, y, sizes)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with extend(ours, *SUMS, *SINGLE, group="world"):
+            F.cross_entropy(ours(a), b).backward()
+        F.cross_entropy(theirs(a), b).backward()
+        with extend(alone, *SUMS, *SINGLE):
+            F.cross_entropy(alone(x), y).backward()
+        for (name, p), q, r in zip(ours.named_parameters(), theirs.parameters(), alone.parameters(), strict=True):
+            assert isinstance(p, DTensor)
+            assert isinstance(p.grad, DTensor)
+            assert isinstance(q.grad, DTensor)
+            close(p.grad.to_local(), q.grad.to_local(), (step, name))
+            for quantity in named(SUMS):
+                found = getattr(p, quantity)
+                if quantity not in ("kfac", "ggn_block"):
+                    assert isinstance(found, DTensor), quantity
+                    assert (found.placements, found.device_mesh) == (p.placements, p.device_mesh)
+                    assert found.to_local().shape == p.to_local().shape
+                    (found * p).sum().full_tensor()  # it is one of theirs
+                    found = found.full_tensor()
+                same(found, getattr(r, quantity), (step, name, quantity))
+            for quantity in SINGLE:
+                found = getattr(p, quantity)
+                assert not isinstance(found, DTensor)
+                scale = 1 if quantity == "jac" else 8 / len(a)
+                wanted = (getattr(r, quantity) + 0).split(list(sizes))[rank] * scale
+                close(found + 0, wanted, (step, name, quantity))
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            for p, r in zip(ours.parameters(), alone.parameters(), strict=True):
+                r.copy_(p.full_tensor())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_fsdp(two: Workers, how: str) -> None:
+    two(check_fsdp, how)
+
+
+def check_fsdp_model(rank: int, name: str, units: bool) -> None:
+    torch.manual_seed(2)
+    model = MODELS[name].build()
+    x, y = torch.cat([MODELS[name].inputs() for _ in range(2)]), torch.randint(C, (8,))
+    alone, asked = copy.deepcopy(model), ("grad_sample", "grad_var", "ggn_diag", "hess_diag", "kfac")
+    asked = (*asked[:-1], KFAC(fisher="empirical"))  # type: ignore[assignment]
+    for child in model.children() if units else ():
+        fully_shard(child)
+    fully_shard(model)
+    a, b = batch(rank, x, y, (3, 5))
+    with extend(model, *asked, group="world") as ext:
+        F.cross_entropy(model(a), b).backward()
+    assert ext.explain().rows
+    with extend(alone, *asked):
+        F.cross_entropy(alone(x), y).backward()
+    for (key, p), r in zip(trainable(model).items(), alone.parameters(), strict=True):
+        for q in ("grad_var", "ggn_diag", "hess_diag"):
+            close(getattr(p, q).full_tensor(), getattr(r, q), (key, q))
+        same(p.kfac, r.kfac, key)  # type: ignore[attr-defined]
+        close(p.grad_sample, r.grad_sample.split([3, 5])[rank] * 8 / len(a), key)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["CNN", "residual", "transformer", "LSTM", "tied", "bare"])
+def test_fsdp_of_other_models(two: Workers, name: str) -> None:
+    two(check_fsdp_model, name, name != "tied")  # what is used twice must lie in one unit
+
+
+def check_fsdp_alone(rank: int) -> None:
+    """Without a group all is of this rank's batch, and whole."""
+    model = sharded("nested", blocks())
+    torch.manual_seed(rank)
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    with extend(model, "ggn_diag", "grad_sample"):
+        F.cross_entropy(model(x), y).backward()
+    alone = blocks()
+    with extend(alone, "ggn_diag", "grad_sample"):
+        F.cross_entropy(alone(x), y).backward()
+    for (name, p), r in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        assert not isinstance(p.ggn_diag, DTensor)  # type: ignore[attr-defined]
+        close(p.ggn_diag, r.ggn_diag, name)  # type: ignore[attr-defined]
+        close(p.grad_sample, r.grad_sample, name)  # type: ignore[attr-defined]
+
+
+def test_fsdp_without_a_group(two: Workers) -> None:
+    two(check_fsdp_alone)
+
+
+def check_left_whole(rank: int) -> None:
+    """Parameters that stay whole after the backward: results are there then, and when they are parted again."""
+    model = sharded("nested", blocks())
+    for m in model.modules():
+        if isinstance(m, FSDPModule):
+            m.set_reshard_after_backward(False)
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    shards = dict(model.named_parameters())
+    with extend(model, "ggn_diag", group="world"):
+        F.cross_entropy(model(x), y).backward()
+    alone = blocks()
+    with extend(alone, "ggn_diag"):
+        F.cross_entropy(alone(x), y).backward()
+    for (name, p), r in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert not isinstance(p, DTensor)
+        close(p.ggn_diag, r.ggn_diag, name)  # type: ignore[attr-defined]
+        close(shards[name].ggn_diag.full_tensor(), r.ggn_diag, name)  # type: ignore[attr-defined]
+
+
+def test_fsdp_left_whole(two: Workers) -> None:
+    two(check_left_whole)
+
+
+def check_precision(rank: int) -> None:
+    model, alone = blocks(), blocks().float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
+    for layer in (model[2], model[3], model):  # type: ignore[index]
+        fully_shard(layer, mp_policy=policy)
+    torch.manual_seed(7)
+    x, y = torch.randn(8, D), torch.randint(C, (8,))
+    a, b = batch(rank, x, y, (5, 3))
+    asked = ("grad_var", "ggn_diag", "hess_diag")
+    with extend(model, *asked, "grad_sample", group="world"):
+        F.cross_entropy(model(a), b).backward()
+    with extend(alone, *asked):
+        F.cross_entropy(alone(x.float()), y).backward()
+    for (name, p), r in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert p.dtype == p.ggn_diag.dtype == torch.float64  # type: ignore[attr-defined]
+        assert p.grad_sample.dtype == torch.float32, "as the model computed"  # type: ignore[attr-defined]
+        for q in asked:
+            close(getattr(p, q).full_tensor().float(), getattr(r, q), (name, q), rtol=2e-5)
+
+
+def test_fsdp_in_mixed_precision(two: Workers) -> None:
+    two(check_precision)
+
+
+def check_accumulated_and_frozen(rank: int) -> None:
+    """Gradients that are added up before they are reduced, and a parameter that has none."""
+    models = [blocks(), blocks()]
+    for model in models:
+        model[0].weight.requires_grad_(False)  # type: ignore[index]
+        sharded("nested", model)
+    ours, theirs = models
+    torch.manual_seed(rank)
+    for last in (False, False, True):
+        x, y = torch.randn(3, D), torch.randint(C, (3,))
+        for model in models:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        with extend(ours, "ggn_diag", "grad_sample", group="world"):
+            F.cross_entropy(ours(x), y).backward()
+        F.cross_entropy(theirs(x), y).backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert hasattr(p, "ggn_diag") == hasattr(p, "grad_sample") == p.requires_grad == (name != "0.weight")
+        if p.requires_grad:
+            close(p.grad.to_local(), q.grad.to_local(), name)  # type: ignore[union-attr]
+
+
+def test_fsdp_accumulated_and_frozen(two: Workers) -> None:
+    two(check_accumulated_and_frozen)
+
+
+def check_empty(rank: int, wrap: str) -> None:
+    """A rank without data takes part in what the wrapper does, with a batch of no sample."""
+    alone, model = blocks(), blocks()
+    model = sharded("nested", model) if wrap == "fsdp" else DistributedDataParallel(model)
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    a, b = batch(rank, x, y, (3, 0))
+    asked = ("ggn_diag", "hess_diag", "grad_var")
+    with extend(model, *asked, "grad_sample", group="world"):
+        F.cross_entropy(model(a), b).backward()
+    with extend(alone, *asked):
+        F.cross_entropy(alone(x), y).backward()
+    for (name, p), r in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert p.grad_sample.shape == (len(a), *p.shape)  # type: ignore[attr-defined]
+        for q in asked:
+            found = getattr(p, q)
+            close(found.full_tensor() if wrap == "fsdp" else found, getattr(r, q), (name, q))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_an_empty_batch(two: Workers, wrap: str) -> None:
+    two(check_empty, wrap)
+
+
+def check_parts(rank: int) -> None:
+    """Where only a part of the model, or of what the loss goes through, is under fully_shard."""
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    alone, model = blocks(), blocks()
+    fully_shard(model[2])  # type: ignore[index]
+    with extend(alone, "ggn_diag"):
+        F.cross_entropy(alone(x), y).backward()
+
+    def compare(model: nn.Module, alone: nn.Module) -> None:
+        for (name, p), r in zip(model.named_parameters(), alone.parameters(), strict=True):
+            found: Any = p.ggn_diag  # type: ignore[attr-defined]
+            assert isinstance(found, DTensor) == isinstance(p, DTensor)
+            close(found.full_tensor() if isinstance(found, DTensor) else found, r.ggn_diag, name)  # type: ignore
+
+    with extend(model, "ggn_diag", group="world"):
+        F.cross_entropy(model(x), y).backward()
+    compare(model, alone)
+    for whole in (True, False):
+        trunk, head = blocks(), nn.Linear(C, C)
+        both = copy.deepcopy(head)
+        fully_shard(head, reshard_after_forward=not whole)
+
+        def run(trunk: nn.Module = trunk, head: nn.Module = head, **more: Any) -> None:
+            with extend(trunk, "ggn_diag", **more):
+                F.cross_entropy(head(trunk(x)), y).backward()
+
+        if whole:
+            run(group="world")
+            other = blocks()
+            run(other, both)
+            compare(trunk, other)
+        else:
+            raised(HookjacError, "modules under fully_shard outside the extended model", run)
+
+
+def test_parts_under_fsdp(two: Workers) -> None:
+    two(check_parts)
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+
+def check_refusals(rank: int) -> None:
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    model = sharded("nested", blocks())
+
+    def opened(*asked: Any, **more: Any) -> Callable[[], Any]:
+        return lambda: extend(model, *asked, **more).__enter__()
+
+    raised(HookjacError, "ggn_mp under fully_shard", opened("ggn_mp"))
+    raised(HookjacError, "create_graph=True under fully_shard", opened("jac", create_graph=True))
+
+    def wrong(how: Callable[[Tensor], Any]) -> Callable[[], None]:
+        def run() -> None:
+            with extend(model, "ggn_diag"):
+                how(F.cross_entropy(model(x), y))
+
+        return run
+
+    params = list(model.parameters())
+    raised(HookjacError, "only a backward into all", wrong(lambda loss: loss.backward(inputs=params)))
+    raised(HookjacError, "only a backward into all", wrong(lambda loss: torch.autograd.grad(loss, params)))
+
+    free = x.clone().requires_grad_()
+    wrong(lambda loss: loss.backward())()
+    kept = params[0].ggn_diag  # type: ignore[attr-defined]
+    with extend(model, "ggn_diag"):  # towards something else is none of ours
+        torch.autograd.grad(model(free).sum(), free)
+    assert params[0].ggn_diag is kept  # type: ignore[attr-defined]
+
+    def penalty() -> None:
+        with extend(model, "ggn_diag"):
+            loss = F.cross_entropy(model(x), y)
+            (loss + model[2][0].weight.full_tensor().square().sum()).backward()  # type: ignore
+
+    raised(HookjacError, "the shards of parameter '2.0.weight' themselves", penalty)
+    raised(HookjacError, "a part of a model under fully_shard", lambda: extend(model[0]).__enter__())  # type: ignore
+    inside = Fn(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)), a=nn.Linear(D, 4), b=nn.Linear(4, C))
+    fully_shard(inside.a)  # type: ignore[arg-type]
+    fully_shard(inside)
+
+    def recomputes() -> None:
+        with extend(inside, "ggn_diag"):
+            F.cross_entropy(inside(x), y).backward()
+
+    raised(HookjacError, "put the checkpoint inside", recomputes)
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    tensors = parallelize_module(nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C)), mesh["tensor"], plan)
+    raised(HookjacError, "'0.weight' is a DTensor", lambda: extend(tensors).__enter__())
+    fully_shard(tensors, mesh=mesh["data"])
+
+    def parallel() -> None:
+        with extend(tensors, "ggn_diag"):
+            F.cross_entropy(tensors(x), y).backward()
+
+    raised(HookjacError, "'0.weight' is a DTensor where the model computes with it", parallel)
+    old = FullyShardedDataParallel(nn.Linear(D, C), device_id=torch.device("cpu"))
+    raised(HookjacError, r"FullyShardedDataParallel \(FSDP1\)", lambda: extend(old, "ggn_diag").__enter__())
+
+
+def test_refusals(two: Workers) -> None:
+    two(check_refusals)
+
+
+def check_after_an_error(rank: int, how: str) -> None:
+    """Refused half-way through our walk; the model is as it was."""
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    ours, theirs = (sharded(how, blocks()) for _ in range(2))
+
+    def fail(got: Any) -> Any:
+        raise HookjacError("halfway")
+
+    late = Quantity(name="late", columns="loss", reduce=fail)
+
+    def run() -> None:
+        with extend(ours, "hutchinson", HessDiag(road="entries"), late):  # backwards of autograd's own are behind it
+            F.cross_entropy(ours(x), y).backward()
+
+    raised(HookjacError, "late of parameter .* halfway", run)
+    assert all(isinstance(p, DTensor) for p in ours.parameters())
+    for model in (ours, theirs):
+        F.cross_entropy(model(x), y).backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        assert isinstance(q, DTensor)
+        close(p.grad.to_local(), q.grad.to_local(), name)  # type: ignore[union-attr]
+        assert not hasattr(p, "hutchinson")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_after_an_error(two: Workers, how: str) -> None:
+    two(check_after_an_error, how)
+
+
+def test_offloading_is_refused() -> None:
+    """Where there is but a CPU, nothing is offloaded from it."""
+    shards, p = {"w": nn.Parameter(torch.ones(2))}, nn.Parameter(torch.ones(2, device="meta"))
+    with pytest.raises(HookjacError, match=r"'w' is kept on cpu and used on meta .*without offload_policy"):
+        demand_plain({"w": p}, shards)
+
+
+def check_pipeline(rank: int) -> None:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    model = nn.Linear(D, C)
+    schedule = ScheduleGPipe(PipelineStage(model, 0, 1, torch.device("cpu"), group=alone), 2, loss_fn=F.cross_entropy)
+
+    def run() -> None:
+        with extend(model, "ggn_diag"):
+            schedule.step(torch.randn(4, D), target=torch.randint(C, (4,)))
+
+    with pytest.raises(RuntimeError) as found:  # theirs, about ours
+        run()
+    assert isinstance(found.value.__cause__, HookjacError)
+    assert "started by a pipeline's schedule" in str(found.value.__cause__)
+    with extend(model, "ggn_diag"):  # others are none
+        model(torch.randn(4, D)).square().sum().backward()
+
+
+def test_pipelines_are_refused(two: Workers) -> None:
+    two(check_pipeline)
+
+
+def check_checkpoint_inside(rank: int) -> None:
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(D, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, C)}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = checkpoint(lambda t: torch.tanh(m.b(torch.tanh(m.a(t)))), x, use_reentrant=False)
+        return m.c(h)  # type: ignore[no-any-return]
+
+    model = Fn(forward, **layers)
+    alone = copy.deepcopy(model)
+    fully_shard(model)
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    with extend(model, "ggn_diag", "hess_diag", group="world"):
+        F.cross_entropy(model(x), y).backward()
+    with extend(alone, "ggn_diag", "hess_diag"):
+        F.cross_entropy(alone(x), y).backward()
+    for (name, p), r in zip(model.named_parameters(), alone.parameters(), strict=True):
+        for q in ("ggn_diag", "hess_diag"):
+            close(getattr(p, q).full_tensor(), getattr(r, q), (name, q))
+
+
+def test_a_checkpoint_within_a_unit(two: Workers) -> None:
+    two(check_checkpoint_inside)
