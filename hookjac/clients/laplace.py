@@ -7,6 +7,7 @@ N samples of a batch · C outputs · P entries of the parameters that the poster
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class HookjacInterface(CurvatureInterface):  # type: ignore[misc]
         """The model's output [N, C]; meanwhile the parameters have what was asked for, of the number `head` makes."""
         with torch.inference_mode(False), torch.enable_grad(), _only(self.model, params, freeze=not create_graph):
             with extend(self.model, asked, create_graph=create_graph) as ext:
-                f = self.model(x)
+                f = self.model(_plain(x))
                 if f.dim() != 2:
                     raise HookjacError(
                         f"the model's output has shape {tuple(f.shape)}; Laplace counts outputs by the last axis and "
@@ -279,6 +280,17 @@ def _inverse(precision: KronDecomposed, params: Sequence[nn.Parameter]) -> list[
         source = Kronecker(sides[1] if len(sides) > 1 else None, sides[0], p.shape)
         found.append(KroneckerEigen(Q_A, Q_B, 1 / raised.unsqueeze(0), source))
     return found
+
+
+def _plain(x: Inputs) -> Inputs:
+    """What was made in inference mode as tensors that a backward may use."""
+    if isinstance(x, Tensor):
+        return x.clone() if x.is_inference() else x
+    given = {key: t for key, t in x.items() if isinstance(t, Tensor) and t.is_inference()}
+    if given:
+        x = copy.copy(x)
+        x.update({key: t.clone() for key, t in given.items()})
+    return x
 
 
 # Rows of Jacobians -----------------------------------------------------------------------------------------------
