@@ -186,8 +186,7 @@ def test_equal_to_loops(name: str, subset: str, likelihood: str) -> None:
     model, x = model_of(name)
     y = targets(likelihood)
     params = taking_part(model, subset)
-    # PyTorch differentiates its own weight norm wrongly, see tests/test_mended.py
-    second = name != "weight norm" and (subset != "subnetwork" or name in BOTH)
+    second = name in (*BOTH, "two layers with one weight", "a layer called twice", "positions")
     wanted = loops(model, x, y, params, second=second)
     P = wanted["J"].shape[2]
     at = subnet(P) if subset == "subnetwork" else torch.arange(P)
