@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Fn
 from laplace import Laplace, marglik_training
 from laplace.curvature import (
     AsdlGGN,
@@ -26,6 +27,7 @@ from laplace_models import MODELS, C, D, N
 from oracle import close
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding, GPT2Config, GPT2ForSequenceClassification
 
 import hookjac
 from hookjac import HookjacError
@@ -277,6 +279,12 @@ def test_a_bias_takes_positions_for_samples_only_with_its_weight() -> None:
     assert not torch.allclose(found.kfacs[0][0], exact)
 
 
+def test_a_bias_takes_positions_for_samples_under_sampled_labels_too() -> None:
+    model, x = model_of("positions")
+    found = HookjacGGN(model, "classification", stochastic=True).kron(x, targets("classification"), N)[1]
+    close(found.kfacs[1][0], found.kfacs[0][0], "bias")
+
+
 @pytest.mark.parametrize("name", ["embedding", "bare parameters", "layer norm of images", "CNN"])
 def test_data_that_comes_in_two_parts(name: str) -> None:
     model, x = model_of(name)
@@ -510,6 +518,43 @@ def test_a_frozen_head_takes_part_as_laplace_counts_it() -> None:
     assert [p.requires_grad for p in la.model.parameters()] == [True, True, False, True]
 
 
+class Sentences(nn.Module):
+    """What Laplace asks of a model from transformers: logits from the batch, a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = GPT2Config(vocab_size=11, n_positions=4, n_embd=4, n_layer=1, n_head=2, num_labels=C, pad_token_id=0)
+        self.model = GPT2ForSequenceClassification(config)
+
+    def forward(self, data: Any) -> Tensor:
+        given = {key: t for key, t in data.items() if key != "labels"}
+        return self.model(**given).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("subset", "structure"), [("last_layer", "full"), ("last_layer", "kron"), ("all", "diag"),
+                                                   ("all", "kron")])  # fmt: skip
+def test_a_model_of_transformers(subset: str, structure: str) -> None:
+    """Its head is applied to all positions, of which one is picked afterwards: Laplace's own rows do not fit."""
+    model = Sentences().eval()
+    ids, y = torch.randint(1, 11, (N, 4)), targets("classification")
+    batches = Batches(ids, y)
+    batches[:] = [BatchEncoding({**b, "attention_mask": torch.ones_like(b["input_ids"])}) for b in batches]
+    named = {"last_layer_name": "model.score"} if subset == "last_layer" else {}
+    la = Laplace(model, "classification", subset, structure, backend=HookjacGGN, **named)
+    la.fit(batches)
+    part: Any = model.model.score if subset == "last_layer" else model
+    params = [p for p in part.parameters() if p.requires_grad]
+    whole = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    J = torch.cat([jacobian(model(whole), p).reshape(N, C, -1) for p in params], 2).detach()
+    p = model(whole).detach().softmax(1)
+    H = torch.einsum("ncp,ncd,ndq->pq", J, torch.diag_embed(p) - p[:, :, None] * p[:, None], J)
+    if structure != "kron":
+        close(la.H, H if structure == "full" else H.diagonal(), "H")
+    assert len(la.H_facs) == len(params) if structure == "kron" else True
+    close(functional_variance(la, whole)[1], la.functional_variance(J), "variance", 1e-9)
+    close(la(whole).sum(1), torch.ones(N), "probabilities")
+
+
 # Errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -555,6 +600,30 @@ def test_a_block_that_is_too_large_is_refused_by_name(monkeypatch: pytest.Monkey
     monkeypatch.setattr("hookjac.clients.laplace_kron.LARGEST", 11)
     with pytest.raises(HookjacError, match=r"parameter 'e.weight'.*no one pair of Kronecker factors.*structure='diag'"):
         HookjacGGN(model, "classification").kron(ids, targets("classification"), N)
+    monkeypatch.setattr("hookjac.clients.laplace_kron.LARGEST", 2)
+    model, x = model_of("MLP")  # for a vector's block Laplace makes room, whatever its size
+    assert HookjacGGN(model, "classification").kron(x, targets("classification"), N)[1].kfacs[1][0].shape == (4, 4)
+
+
+def test_a_batch_of_one_sample_does_not_tell_what_all_samples_share() -> None:
+    """Positions are looked up for all samples together, and for one alone as it were its own."""
+    build = lambda m, i: m.o(torch.tanh(m.e(i) + m.p(torch.arange(3)[None])).mean(1))
+    model, ids, y = Fn(build, e=nn.Embedding(6, 4), p=nn.Embedding(3, 4), o=nn.Linear(4, C)), *words()
+    params = list(trainable(model).values())
+    P = params[0].numel()
+    la = fitted(model, ids, y)  # batches of 3, 3 and 1
+    exact = loops(model, ids, y, params)["GGN"][P : P + 12, P : P + 12]
+    close(la.H_facs.kfacs[1][0], exact, "positions")
+    assert len(la.H_facs.kfacs[0]) == 2
+    parts = [HookjacGGN(model, "classification").kron(ids[n], y[n], N)[1] for n in (slice(0, 1), slice(1, N))]
+    close((parts[0] + parts[1]).kfacs[1][0], exact, "the one sample first")
+    close((0.5 * parts[0] + 0.5 * parts[1]).kfacs[1][0], exact / 2, "scaled")
+    with pytest.raises(ValueError, match=r"parameter 1 has factors .* Let the first batch have more than one sample"):
+        parts[0] + parts[0] + parts[1]
+
+
+def words() -> tuple[Tensor, Tensor]:
+    return torch.randint(6, (N, 3)), targets("classification")
 
 
 def test_sums_of_factors() -> None:
@@ -604,6 +673,25 @@ def cell(name: str, structure: str, backend: Any) -> str:
         return "error"
     same = found.shape == wanted.shape and (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()
     return "yes" if same else "differs"
+
+
+def test_what_the_page_says_of_curvlinops() -> None:
+    model, x = model_of("MLP")
+    y = targets("classification")
+    its = fitted(model, x, y, CurvlinopsEF, "last_layer", "diag").H
+    assert not its.any()
+    assert fitted(model, x, y, HookjacEF, "last_layer", "diag").H.all()
+    model, ids = model_of("embedding tied to the head")
+    apart: Any = copy.deepcopy(model)
+    apart.o.weight = nn.Parameter(apart.e.weight.detach().clone())
+    head = HookjacGGN(apart, "classification").kron(ids, y, N)[1].kfacs[1]
+    found = CurvlinopsGGN(model, "classification").kron(ids, y, N)[1].kfacs[0]
+    for s, t in zip(found, head, strict=True):
+        close(s, t, "it knows the head only")
+    model, x = model_of("a layer called twice")
+    (B, A), (b, a) = (k(model, "classification").kron(x, y, N)[1].kfacs[2] for k in (CurvlinopsGGN, HookjacGGN))
+    close(B, b, "the output side")
+    close(A, 2 * a, "the input side, added up")
 
 
 def table_rows() -> list[tuple[str, ...]]:
