@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hookjac import handover
 from hookjac.factor import Dense, Factor, Lookup, Outer, add_gram, each_gram
+from hookjac.factor.metric import CHUNK
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
 from hookjac.memory import fresh
 from hookjac.structured import JacTensor
@@ -120,7 +121,7 @@ class Jacobian:
         for (name, jac), K in zip(self.parts.items(), covariance, strict=True):
             if K.shape != jac.factor.param:
                 raise ValueError(f"parameter {name!r} has shape {tuple(jac.factor.param)}, its Kronecker {K.shape}")
-            out += each_gram(jac.factor, _times_kronecker(jac.factor, K))
+            out += _spread(jac.factor, K)
         return out
 
     def to_scipy(self) -> Any:
@@ -169,12 +170,33 @@ def _rows(v: Tensor, size: int) -> Tensor:  # [size] or [size, K] -> [K, size]
     return (v.unsqueeze(1) if v.dim() == 1 else v).T
 
 
-def _times_kronecker(factor: Factor, K: Kronecker | KroneckerEigen | KroneckerSum) -> Factor:
-    """Columns times B (x) A: still of their own kind where the sides fit together."""
+def _spread(factor: Factor, K: Kronecker | KroneckerEigen | KroneckerSum) -> Tensor:  # -> [N, V, V]
+    """The covariance of each sample's columns under K. Where the sides fit together nothing of size N V P is built;
+    where not, a few samples' columns at a time."""
+    if isinstance(K, KroneckerSum):
+        return torch.stack([_spread(factor, part) for part in K.parts]).sum(0)
     if isinstance(K, Kronecker) and K.A is not None:
-        if isinstance(factor, Outer) and K.swapped == factor.swapped and K._b.shape[0] == factor.g.shape[2]:
-            return factor.multiplied(K._a, K._b)
+        if isinstance(factor, Outer) and _sides_fit(factor, K):
+            return each_gram(factor, factor.multiplied(K._a, K._b))
         if isinstance(factor, Lookup) and K.swapped and factor.g.shape[2] > 1:
-            return factor.multiplied(K.A if K.A.dim() == 1 else K._a, K._b)
-    t = factor.dense()
-    return Dense((K @ t.reshape(-1, *factor.param)).reshape(t.shape), fresh=True)
+            return each_gram(factor, factor.multiplied(K.A if K.A.dim() == 1 else K._a, K._b))
+    if isinstance(K, KroneckerEigen):
+        facing = K if isinstance(factor, Outer) and _sides_fit(factor, K.source) else K.facing()
+        if isinstance(factor, Outer) and facing is not None and _sides_fit(factor, facing.source):
+            return factor.rotated(facing.Q_A, facing.Q_B).scaled_gram(facing.diagonal())
+    step = max(1, CHUNK // max(1, factor.V * factor.param.numel()))
+    parts = [_spread_rows(factor.samples(slice(n, n + step)).dense(), K) for n in range(0, factor.N, step)]
+    return torch.cat(parts) if parts else factor.tensors[0].new_zeros(0, factor.V, factor.V)
+
+
+def _sides_fit(factor: Outer, K: Kronecker) -> bool:
+    return K.A is not None and K.swapped == factor.swapped and K._b.shape[:2] == (factor.g.shape[2], factor.g.shape[4])
+
+
+def _spread_rows(t: Tensor, K: Kronecker | KroneckerEigen) -> Tensor:  # [V, N, *p] -> [N, V, V]
+    V, N = t.shape[:2]
+    rows = t.reshape(V * N, *K.shape)
+    if isinstance(K, KroneckerEigen):
+        turned = K.rotate(K.source._open(rows)).reshape(V, N, -1)
+        return Dense(turned).scaled_gram(K.values.reshape(-1))
+    return Dense(t).each_gram(Dense((K @ rows).reshape(t.shape)))

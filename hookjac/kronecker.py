@@ -172,6 +172,17 @@ class KroneckerEigen:
         """The parameter's."""
         return self.source.shape
 
+    def diagonal(self) -> Tensor:
+        """[*p]: the eigenvalues, each at the place of the parameter that its eigenvector would have."""
+        return self.source._close(self.values.unsqueeze(0), self.values.new_empty(1, *self.shape))[0]
+
+    def facing(self) -> KroneckerEigen | None:
+        """The same with the sides called by each other's names; None where groups or a single side forbid."""
+        if self.Q_A is None or self.Q_B.shape[0] > 1:
+            return None
+        turned = replace(self.source, A=self.source._b[0], B=self.source._a[0], swapped=not self.source.swapped)
+        return KroneckerEigen(self.Q_B, self.Q_A, self.values.transpose(1, 2), turned)
+
     def rotate(self, t: Tensor, *, back: bool = False) -> Tensor:  # [k, b, o, i] -> same
         """Qᵀ t; Q t with `back`."""
         t = torch.einsum("bop,kbpi->kboi" if back else "bpo,kbpi->kboi", self.Q_B, t)

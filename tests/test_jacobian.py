@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hookjac
 from benchmarks.peak import Peak
-from hookjac import HookjacError, JacTensor, Kronecker, extend
+from hookjac import HookjacError, JacTensor, Kronecker, KroneckerEigen, extend
 
 
 def found(model: nn.Module, x: Tensor, *asked: Any) -> hookjac.extend:
@@ -332,20 +332,43 @@ def test_variance_under_kronecker_covariance(name: str) -> None:
     case = MODELS[name]
     model, x = case.build(), case.inputs()
     ext = found(model, x, "jac", hookjac.KFAC(fisher="exact"))
-    sides: list[Kronecker] = [p.kfac for p in model.parameters()]
+    sides: list[Any] = [p.kfac for p in model.parameters()]
     rows = torch.cat([jacobian(model(x), p).reshape(N, C, -1) for p in model.parameters()], 2)
     S = torch.block_diag(*[K.to_dense() for K in sides])
-    close(ext.jacobian.variance(sides), torch.einsum("ncp,pq,ndq->ncd", rows, S, rows), "J Σ Jᵀ")
+    wanted = torch.einsum("ncp,pq,ndq->ncd", rows, S, rows)
+    close(ext.jacobian.variance(sides), wanted, "J Σ Jᵀ")
+    eigen = [K.eigen() if isinstance(K, Kronecker) else K for K in sides]  # a sum has none
+    close(ext.jacobian.variance(eigen), wanted, "by eigenvectors")
+    turned = [(isinstance(E, KroneckerEigen) and E.facing()) or E for E in eigen]
+    close(torch.block_diag(*[E.to_dense() for E in turned]), S, "sides called by each other's names")
+    close(ext.jacobian.variance(turned), wanted, "by eigenvectors of turned sides")
 
 
-def test_variance_under_the_kronecker_covariance_of_a_table() -> None:
+def test_variance_by_eigenvectors_builds_no_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a layer with sides; and of what has none, a few samples at a time."""
+    model, x = perceptron(), torch.randn(N, D)
+    ext = found(model, x, "jac", hookjac.KFAC(fisher="exact"))
+    eigen = [p.kfac.eigen() for p in trainable(model).values()]
+    wanted = ext.jacobian.variance(eigen)
+    monkeypatch.setattr(hookjac.factor.Outer, "dense", None)
+    close(ext.jacobian.variance(eigen), wanted, "by eigenvectors")
+    monkeypatch.setattr("hookjac.jacobian.CHUNK", 1)
+    close(ext.jacobian.variance(eigen), wanted, "sample by sample")
+
+
+def test_variance_under_the_kronecker_covariance_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = table(), torch.randint(5, (N, 2))
     for sharing in ("expand", "reduce"):
         ext = found(model, ids, "jac", hookjac.KFAC(fisher="exact", sharing=sharing))  # type: ignore[arg-type]
         sides = [p.kfac for p in model.parameters()]
         rows = torch.cat([jacobian(model(ids), p).reshape(N, C, -1) for p in model.parameters()], 2)
         S = torch.block_diag(*[K.to_dense() for K in sides])
-        close(ext.jacobian.variance(sides), torch.einsum("ncp,pq,ndq->ncd", rows, S, rows), sharing)
+        wanted = torch.einsum("ncp,pq,ndq->ncd", rows, S, rows)
+        close(ext.jacobian.variance(sides), wanted, sharing)
+        close(ext.jacobian.variance([K.eigen() for K in sides]), wanted, (sharing, "by eigenvectors"))
+        with monkeypatch.context() as small:
+            small.setattr("hookjac.jacobian.CHUNK", 1)
+            close(ext.jacobian.variance([K.eigen() for K in sides]), wanted, (sharing, "sample by sample"))
 
 
 @pytest.mark.parametrize("name", MODELS)
