@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class extend:
     create_graph: results carry a graph back to parameters and inputs, so that they can stand inside a loss (a penalty
         on the Jacobian, a loss of gradient norms). For quantities of the gradient and the Jacobian. The graph of the
         backward stays alive until you `del` the results; autograd's nodes do the work of module rules.
+    after: called at the end of every backward with the parameters that have results, by name: to move, log or sum them
+        before the next backward replaces them.
 
     Any of `loss.backward()`, `torch.autograd.backward` and `torch.autograd.grad` (towards parameters) inside the
     block triggers it, and each replaces the results of the one before. Results are plain attributes of the trainable
@@ -54,7 +56,12 @@ class extend:
     """
 
     def __init__(
-        self, model: nn.Module, *quantities: str | Quantity, output: Select = None, create_graph: bool = False
+        self,
+        model: nn.Module,
+        *quantities: str | Quantity,
+        output: Select = None,
+        create_graph: bool = False,
+        after: Callable[[dict[str, nn.Parameter]], object] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"extend expects a torch.nn.Module, got {type(model).__name__}: {model!r:.80}")
@@ -65,10 +72,13 @@ class extend:
             )
         if not isinstance(create_graph, bool):
             raise TypeError(f"create_graph must be True or False, got {create_graph!r}")
+        if after is not None and not callable(after):
+            raise TypeError(f"after must be a function of the parameters, or None; got {after!r:.80}")
         self.model = model
         self.quantities = parse(quantities)
         self._output = output
         self._create_graph = create_graph
+        self._after = after
         curved = [q.name for q in self.quantities if q.curved]
         if create_graph and curved:
             raise ValueError(
@@ -214,7 +224,12 @@ class extend:
             for name, value in results[id(p)].items():
                 setattr(p, name, value)
         self._found = {q.name: {name: results[id(p)][q.name] for name, p in params.items()} for q in self.quantities}
+        self._delivered(params)
         return answer
+
+    def _delivered(self, params: dict[str, nn.Parameter]) -> None:
+        if self._after is not None:
+            self._after(params)
 
     def _describe(self, start: Start, params: dict[str, nn.Parameter]) -> Described | None:
         if not self._may_pass or start.inputs is not None or len(start.tensors) != 1 or start.weights[0] is not None:
@@ -252,6 +267,7 @@ class extend:
             for k, name in enumerate(names)
             if name in ("jac", "ntk")
         }
+        self._delivered(params)
         return answer
 
     def _planned(
