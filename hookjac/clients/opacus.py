@@ -10,6 +10,7 @@ N samples · p the parameter's shape.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import opacus
@@ -21,10 +22,12 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from hookjac.clients.apart import watch
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
-from hookjac.quantity import GradSample
+from hookjac.quantity import GradSample, Quantity
 from hookjac.tape import Select
 
 Reduction = Literal["mean", "sum"]
@@ -65,6 +68,7 @@ def grad_samples(
     loss_reduction: Reduction | None = None,
     accumulate: bool = False,
     output: Select = None,
+    independent: bool = False,
 ) -> extend:
     """A block in which every `loss.backward()` leaves `p.grad_sample` the way Opacus' `DPOptimizer` reads it.
 
@@ -77,6 +81,8 @@ def grad_samples(
     accumulate: add a batch to those since the last `optimizer.zero_grad()`, as a list; False: refuse a second one. The
         privacy of Poisson sampling does not hold for batches added up so; use Opacus' BatchMemoryManager there.
     output: as in `hookjac.extend`.
+    independent: you vouch that no sample's output depends on another sample; False: the first batch is tried, with
+        others' samples replaced, and a model that mixes them is refused.
 
     The block may hold one step or the whole training. Gradients are those of a sample's own loss: under a mean, N
     times its summand. Parameters that the loss does not reach get zeros, an empty batch [0, *p].
@@ -99,7 +105,34 @@ def grad_samples(
                 held["grad_sample"] = [*(earlier if isinstance(earlier, list) else [earlier]), fresh]
 
     quantity = dataclasses.replace(GradSample(loss_reduction=reduction), name=_FRESH)
-    return extend(module, quantity, output=output, after=collect)
+    return _Block(module, quantity, output=output, independent=independent, after=collect)
+
+
+class _Block(extend):
+    """The samples of its model are tried, too."""
+
+    def __init__(self, model: nn.Module, quantity: str | Quantity, *, independent: bool, **options: Any) -> None:
+        super().__init__(model, quantity, **options)
+        self._independent = independent
+
+    def __enter__(self) -> extend:
+        handle = None if self._independent else watch(self.model, self._output)  # before `extend` counts hooks
+        try:
+            opened = super().__enter__()
+        except BaseException:
+            _remove(handle)
+            raise
+        self._handle = handle
+        return opened
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        _remove(self._handle)
+
+
+def _remove(handle: RemovableHandle | None) -> None:
+    if handle is not None:
+        handle.remove()
 
 
 class GhostClipping:
@@ -124,11 +157,12 @@ class GhostClipping:
         max_grad_norm: float,
         loss_reduction: Reduction | None = None,
         output: Select = None,
+        independent: bool = False,
     ) -> None:
         self.model, self.loss_reduction = _of(model, loss_reduction)
         self.max_grad_norm = max_grad_norm
         self.norms: Tensor | None = None
-        self._output = output
+        self._make = functools.partial(_Block, self.model, "grad_sample_norm", output=output, independent=independent)
         self._block: extend | None = None
 
     def __enter__(self) -> GhostClipping:
@@ -163,20 +197,27 @@ class GhostClipping:
         """Ready for the next batch; parameters that the loss did not reach have a gradient of zero."""
         for p in self._trainable() if self.norms is not None else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self._block = extend(self.model, "grad_sample_norm", output=self._output)
-        self._block.__enter__()
+        block = self._make()
+        block.__enter__()
+        self._block = block
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
 def ghost_clipping(
-    model: nn.Module | GradSampleHooksNoOp, optimizer: DPOptimizer, criterion: Any, *, output: Select = None
+    model: nn.Module | GradSampleHooksNoOp,
+    optimizer: DPOptimizer,
+    criterion: Any,
+    *,
+    output: Select = None,
+    independent: bool = False,
 ) -> tuple[GhostClipping, DPOptimizerFastGradientClipping, DPLossFastGradientClipping]:
     """The ghost block, optimizer and criterion, from what `make_private(..., grad_sample_mode="no_op")` returned.
 
     The optimizer is Opacus' own for ghost clipping, with the settings, the noise and the accounting of the one given;
-    use it instead. The criterion is Opacus' wrapper of the one given, a loss module with a `reduction`.
+    use it instead. The criterion is Opacus' wrapper of the one given, a loss module with a `reduction`. output and
+    independent: as in `grad_samples`.
     """
     if type(optimizer) is not DPOptimizer:
         raise HookjacError(
@@ -194,7 +235,13 @@ def ghost_clipping(
     )
     fast.attach_step_hook(optimizer.step_hook)
     reduction = optimizer.loss_reduction
-    ghost = GhostClipping(model, max_grad_norm=optimizer.max_grad_norm, loss_reduction=reduction, output=output)
+    ghost = GhostClipping(
+        model,
+        max_grad_norm=optimizer.max_grad_norm,
+        loss_reduction=reduction,
+        output=output,
+        independent=independent,
+    )
     return ghost, fast, DPLossFastGradientClipping(ghost, fast, criterion, reduction)
 
 

@@ -78,7 +78,9 @@ def methods() -> Iterator[Any]:
     settings.register_profile("few", max_examples=6, derandomize=True, database=None, deadline=None)
     settings.load_profile("few")
     try:
-        modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+        modules = [
+            importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)
+        ]
     finally:
         settings.load_profile(before)
     for module in modules:
