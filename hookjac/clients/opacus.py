@@ -96,7 +96,7 @@ def grad_samples(
             if earlier is None:
                 held["grad_sample"] = fresh
             elif not accumulate:
-                raise HookjacError(
+                raise ValueError(  # as Opacus does
                     f"parameter {name!r} holds per-sample gradients of an earlier backward. Call optimizer.zero_grad() "
                     "after each step; use Opacus' BatchMemoryManager for batches larger than memory; or, where the "
                     "batches are not drawn by Poisson sampling, grad_samples(..., accumulate=True)."
@@ -197,9 +197,10 @@ class GhostClipping:
         """Ready for the next batch; parameters that the loss did not reach have a gradient of zero."""
         for p in self._trainable() if self.norms is not None else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        block = self._make()
-        block.__enter__()
-        self._block = block
+        if self._block is None:
+            block = self._make()
+            block.__enter__()
+            self._block = block
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
