@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -150,6 +151,22 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
     "samples as rows of a layer": Rows,
     "a convolution with padding_mode": lambda: _conv(padding_mode="circular"),
     "Embedding(padding_idx)": Padded,
+}
+
+# by such an error, or (None) by wrong numbers without one
+THERE: dict[str, tuple[type[Exception], str] | None] = {
+    "weights used functionally": (ValueError, "not initialized"),
+    "a parameter that the loss does not reach": (ValueError, "not initialized"),
+    "LayerNorm(bias=False)": (AttributeError, "NoneType"),
+    "in-place ReLU": (RuntimeError, "view"),
+    "non-reentrant checkpointing": (ValueError, "not initialized"),
+    "nn.MultiheadAttention": (UnsupportedModuleError, "DPMultiheadAttention"),
+    "nn.LSTM": (UnsupportedModuleError, "DPLSTM"),
+    "nn.GRU": (UnsupportedModuleError, "nn.GRU"),
+    "a layer called by keyword": (IndexError, "out of range"),
+    "samples as rows of a layer": (RuntimeError, "equal size"),
+    "a convolution with padding_mode": None,
+    "Embedding(padding_idx)": None,
 }
 
 # and tied weights only without ghost clipping
