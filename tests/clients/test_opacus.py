@@ -12,7 +12,7 @@ import opacus
 import pytest
 import torch
 import torch.nn.functional as F
-from opacus.optimizers import DPOptimizerFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.validators.errors import UnsupportedModuleError
 from opacus_models import ALL, AWKWARD, LR, RIGHT, THERE, Batch, bound, data, loops, made
@@ -146,6 +146,21 @@ def test_batches_add_up_in_lists(wrap: bool) -> None:
     same(model, wanted)
 
 
+def test_two_forwards_before_their_backwards() -> None:
+    model = made("mlp")
+    (x, y), (z, t) = chunks(6)
+    params = list(model.parameters())
+    with grad_samples(model, accumulate=True):
+        first, second = F.cross_entropy(model(x), y), F.cross_entropy(model(z), t)
+        first.backward()
+        second.backward()
+    found = [torch.cat(p.grad_sample) for p in params]
+    for n, (row, label) in enumerate(zip(*data(), strict=True)):
+        wanted = torch.autograd.grad(F.cross_entropy(model(row[None]), label[None]), params)
+        for g, w in zip(found, wanted, strict=True):
+            close(g[n], w, n)
+
+
 def test_an_empty_batch() -> None:
     model = made("conv")
     private = Private(model, "grad_samples")
@@ -198,13 +213,14 @@ def test_a_model_that_returns_a_dict(mode: str) -> None:
 # Next to Opacus' own ----------------------------------------------------------------------------------------------
 
 
-def of_opacus(model: nn.Module, mode: str, noise: float = 0.0) -> tuple[nn.Module, opacus.PrivacyEngine]:
+def of_opacus(model: nn.Module, mode: str, noise: float = 0.0, **more: Any) -> tuple[nn.Module, opacus.PrivacyEngine]:
     engine = opacus.PrivacyEngine()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     loader = DataLoader(TensorDataset(*data()), batch_size=4)
+    options = {"max_grad_norm": bound(model), **more}
     found = engine.make_private(
-        module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=noise, max_grad_norm=bound(model),
-        poisson_sampling=False, grad_sample_mode=mode, noise_generator=torch.Generator().manual_seed(9),
+        module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=noise,
+        poisson_sampling=False, grad_sample_mode=mode, noise_generator=torch.Generator().manual_seed(9), **options,
     )  # fmt: skip
     model, optimizer, criterion, loader = found if mode == "ghost" else (*found[:2], nn.CrossEntropyLoss(), found[2])
     for x, y in loader:
@@ -225,6 +241,24 @@ def test_noise_and_accounting_are_those_of_opacus(name: str, mode: str) -> None:
     epsilon = private.engine.get_epsilon(1e-3)
     assert epsilon == engine.get_epsilon(1e-3)
     assert 0 < epsilon < math.inf
+
+
+ADAPTIVE = {"target_unclipped_quantile": 0.5, "clipbound_learning_rate": 0.2, "max_clipbound": 10.0,
+            "min_clipbound": 0.05, "unclipped_num_std": 1.0, "max_grad_norm": 0.3}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "clipping", [{"clipping": "per_layer", "max_grad_norm": [0.1, 0.2, 0.2, 0.3]}, {"clipping": "adaptive", **ADAPTIVE}]
+)
+def test_other_ways_of_clipping(clipping: dict[str, Any]) -> None:
+    theirs, _ = of_opacus(made("mlp"), "hooks", noise=1.1, **clipping)
+    ours = made("mlp")
+    private = Private(
+        ours, "grad_samples", noise_multiplier=1.1, noise_generator=torch.Generator().manual_seed(9), **clipping
+    )
+    assert type(private.optimizer) is not DPOptimizer
+    private.train()
+    same(ours, theirs)
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -324,6 +358,32 @@ def test_samples_that_mix(name: str, below: bool, mode: str) -> None:
     """Below the first layer, too, where no gradient shows it."""
     with pytest.raises(hookjac.HookjacError, match="the model mixes samples"):
         Private(Mixing(MIXES[name], below), mode, max_grad_norm=1.0).train()
+
+
+def test_samples_that_mix_among_words_given_by_name() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, *, words: Tensor, seen: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+            z = self.last(self.table(words).mean(1)) * scale
+            return {"loss": z.sum(), "logits": z if seen is None else z + seen.sum()}
+
+    model, words = Words(), torch.randint(9, (6, 5))
+    seen = torch.arange(6)
+    with grad_samples(model, output="logits"), pytest.raises(hookjac.HookjacError, match="the model mixes samples"):
+        model(words=words, seen=seen)
+    with grad_samples(model, output="logits", loss_reduction="sum"):
+        model(words=words)["logits"].sum().backward()
+    assert model.table.weight.grad_sample.shape == (6, 9, 4)
+
+
+def test_a_loss_that_mixes() -> None:
+    private = Private(made("mlp"), "grad_samples")
+    x, _ = data()
+    with private.block, pytest.raises(hookjac.HookjacError, match="the loss mixes samples"):
+        private.model(x).square().mean().sqrt().backward()
 
 
 def test_samples_of_a_model_that_does_not_tell() -> None:
