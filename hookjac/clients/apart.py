@@ -74,9 +74,10 @@ def _run(model: nn.Module, given: list[Any], spec: Any, output: Select) -> Tenso
     buffers = [(b, b.clone()) for b in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     args, kwargs = tree_unflatten([t.clone() if isinstance(t, Tensor) else t for t in given], spec)
-    with torch.random.fork_rng(devices), torch.enable_grad():  # `select` looks for what requires grad
-        found = select(model.forward(*args, **kwargs), output).detach()
-    with torch.no_grad():
-        for b, before in buffers:
-            b.copy_(before)
-    return found
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():  # `select` looks for what requires grad
+            return select(model.forward(*args, **kwargs), output).detach()
+    finally:
+        with torch.no_grad():
+            for b, before in buffers:
+                b.copy_(before)

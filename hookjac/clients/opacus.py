@@ -27,14 +27,14 @@ from torch.utils.hooks import RemovableHandle
 from hookjac.clients.apart import watch
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
-from hookjac.quantity import GradSample, Quantity
+from hookjac.quantity import GradSample, GradSampleNorm, Quantity
 from hookjac.tape import Select
 
 Reduction = Literal["mean", "sum"]
 
-# Under its own name: `extend` clears results before a backward, and those of earlier batches are to stay
-_FRESH = "grad_sample_of_batch"
-
+# Under names of our own: `extend` clears results before a backward, and those of earlier batches are to stay; and what
+# somebody else's block left on the parameters is not to be taken for this batch's
+_GRADIENT, _NORM = "grad_sample_of_batch", "grad_sample_norm_of_batch"
 
 # Opacus would replace these by layers of its own, which its hooks see through
 _SERVED = (nn.MultiheadAttention, nn.LSTM, nn.GRU)
@@ -92,7 +92,7 @@ def grad_samples(
     def collect(params: dict[str, nn.Parameter]) -> None:
         for name, p in params.items():
             held = vars(p)
-            fresh, earlier = held.pop(_FRESH), held.get("grad_sample")
+            fresh, earlier = held.pop(_GRADIENT), held.get("grad_sample")
             if earlier is None:
                 held["grad_sample"] = fresh
             elif not accumulate:
@@ -104,7 +104,7 @@ def grad_samples(
             else:
                 held["grad_sample"] = [*(earlier if isinstance(earlier, list) else [earlier]), fresh]
 
-    quantity = dataclasses.replace(GradSample(loss_reduction=reduction), name=_FRESH)
+    quantity = dataclasses.replace(GradSample(loss_reduction=reduction), name=_GRADIENT)
     return _Block(module, quantity, output=output, independent=independent, after=collect)
 
 
@@ -146,46 +146,59 @@ class GhostClipping:
         optimizer.step()
 
     `ghost_clipping` makes it, and what goes with it, from what `make_private` returned. The block may hold one step or
-    the whole training; one backward each step. norms: [N], those of the last batch, of each sample's own loss. They
-    are over all trainable parameters of the model, whether the optimizer has them or not.
+    the whole training; one backward each step. The bound and the reduction of the loss are those of the optimizer,
+    also where a scheduler changes the bound. norms: [N], those of the last batch, of each sample's own loss. They are
+    over all trainable parameters of the model, whether the optimizer has them or not.
     """
 
     def __init__(
         self,
         model: nn.Module | GradSampleHooksNoOp,
+        optimizer: DPOptimizerFastGradientClipping,
         *,
-        max_grad_norm: float,
-        loss_reduction: Reduction | None = None,
         output: Select = None,
         independent: bool = False,
     ) -> None:
-        self.model, self.loss_reduction = _of(model, loss_reduction)
-        self.max_grad_norm = max_grad_norm
+        self.optimizer = optimizer
+        self.model, self.loss_reduction = _of(model, optimizer.loss_reduction)
         self.norms: Tensor | None = None
-        self._make = functools.partial(_Block, self.model, "grad_sample_norm", output=output, independent=independent)
+        self._fresh: dict[str, Tensor] | None = None  # of the backward before, by parameter
+        quantity = dataclasses.replace(GradSampleNorm(), name=_NORM)
+        self._make = functools.partial(
+            _Block, self.model, quantity, output=output, independent=independent, after=self._collect
+        )
         self._block: extend | None = None
+
+    def _collect(self, params: dict[str, nn.Parameter]) -> None:
+        self._fresh = {name: vars(p).pop(_NORM) for name, p in params.items()}
 
     def __enter__(self) -> GhostClipping:
         if self._block is not None:
             raise HookjacError("this GhostClipping block is already open")
-        self.enable_hooks()
+        self._open()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.disable_hooks()
 
+    def _open(self) -> None:
+        self._fresh = None
+        block = self._make()
+        block.__enter__()
+        self._block = block
+
     def get_clipping_coef(self) -> Tensor:
         """[N]: what each sample's loss is multiplied by, so that no gradient is longer than max_grad_norm."""
-        found = [vars(p).pop("grad_sample_norm", None) for p in self._trainable()]
-        norms = [norm for norm in found if norm is not None]
-        if not norms or len(norms) < len(found):
+        if self._fresh is None or self._block is None:
             raise HookjacError(
                 "no norms of per-sample gradients: the model was called, or backward() ran, outside the GhostClipping "
                 "block. Write `with ghost: criterion(model(x), y).backward()`."
             )
-        whole = torch.stack(norms).norm(dim=0)
+        whole = torch.stack(list(self._fresh.values())).norm(dim=0)
+        self._fresh = None
         self.norms = whole * len(whole) if self.loss_reduction == "mean" else whole
-        return (self.max_grad_norm / (self.norms + 1e-6)).clamp(max=1.0)  # the floor is that of Opacus' DPOptimizer
+        bound: float = self.optimizer.max_grad_norm
+        return (bound / (self.norms + 1e-6)).clamp(max=1.0)  # the floor is that of Opacus' DPOptimizer
 
     def disable_hooks(self) -> None:
         """The backward of the clipped loss is an ordinary one."""
@@ -195,15 +208,11 @@ class GhostClipping:
 
     def enable_hooks(self) -> None:
         """Ready for the next batch; parameters that the loss did not reach have a gradient of zero."""
-        for p in self._trainable() if self.norms is not None else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for p in self.model.parameters():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
         if self._block is None:
-            block = self._make()
-            block.__enter__()
-            self._block = block
-
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+            self._open()
 
 
 def ghost_clipping(
@@ -235,15 +244,8 @@ def ghost_clipping(
         secure_mode=optimizer.secure_mode,
     )
     fast.attach_step_hook(optimizer.step_hook)
-    reduction = optimizer.loss_reduction
-    ghost = GhostClipping(
-        model,
-        max_grad_norm=optimizer.max_grad_norm,
-        loss_reduction=reduction,
-        output=output,
-        independent=independent,
-    )
-    return ghost, fast, DPLossFastGradientClipping(ghost, fast, criterion, reduction)
+    ghost = GhostClipping(model, fast, output=output, independent=independent)
+    return ghost, fast, DPLossFastGradientClipping(ghost, fast, criterion, fast.loss_reduction)
 
 
 def _of(model: nn.Module | AbstractGradSampleHooks, reduction: Reduction | None) -> tuple[nn.Module, Reduction]:
@@ -256,7 +258,8 @@ def _of(model: nn.Module | AbstractGradSampleHooks, reduction: Reduction | None)
             )
         if reduction not in (None, model.loss_reduction):
             raise HookjacError(
-                f"loss_reduction={reduction!r}, but the engine was told {model.loss_reduction!r}. Leave it out."
+                f"the loss's reduction is {reduction!r} here, but the engine was told {model.loss_reduction!r}; they "
+                "must agree."
             )
         # a wrapper calls the model's forward past its hooks: it is what we must watch
         return (model if isinstance(model, nn.Module) else model._module), model.loss_reduction

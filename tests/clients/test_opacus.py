@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.schedulers import ExponentialGradClip
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.validators.errors import UnsupportedModuleError
 from opacus_models import ALL, AWKWARD, LR, RIGHT, THERE, Batch, bound, data, loops, made
@@ -261,6 +262,23 @@ def test_other_ways_of_clipping(clipping: dict[str, Any]) -> None:
     same(ours, theirs)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bound_that_changes(mode: str) -> None:
+    """The norms are clipped to the bound that the noise is for."""
+    models = [made("mlp"), made("mlp")]
+    for model, way in zip(models, ("grad_samples", mode), strict=True):
+        private = Private(model, way, noise_multiplier=0.5, noise_generator=torch.Generator().manual_seed(9))
+        scheduler = ExponentialGradClip(private.optimizer, gamma=0.5)
+        for batch in chunks(4):
+            private.train([batch])
+            scheduler.step()
+    same(*models)
+    other = made("mlp")
+    Private(other, mode, noise_multiplier=0.5, noise_generator=torch.Generator().manual_seed(9)).train()
+    with pytest.raises(AssertionError, match="off by"):
+        same(models[0], other)
+
+
 @pytest.mark.parametrize("name", AWKWARD)
 def test_what_opacus_makes_of_it(name: str) -> None:
     """As the page on Opacus says."""
@@ -315,7 +333,7 @@ def test_norms_of_the_last_batch() -> None:
     wanted = torch.cat([p.grad_sample.flatten(1) for p in model.parameters()], 1).norm(dim=1)
     private.train()
     close(private.block.norms, wanted, "norms")
-    assert not any(hasattr(p, "grad_sample_norm") for p in model.parameters())
+    assert not any("norm" in name for p in model.parameters() for name in vars(p))
 
 
 def test_ghost_keeps_the_settings_of_the_optimizer() -> None:
@@ -500,6 +518,10 @@ def test_ghost_outside_its_block() -> None:
         loss.backward()
     with private.block, pytest.raises(hookjac.HookjacError, match="already open"), private.block:
         pass
+    with hookjac.extend(private.model, "grad_sample_norm"):
+        private.criterion.criterion(private.model(x), y).backward()
+    with pytest.raises(hookjac.HookjacError, match="outside the GhostClipping block"):
+        private.criterion(private.model(x), y).backward()  # what another block left is not taken
     private.train()
 
 
@@ -511,12 +533,12 @@ def test_other_optimizers_have_no_ghost() -> None:
 
 def test_what_is_no_model() -> None:
     wrapped = opacus.GradSampleModule(made("mlp"))
+    private = Private(made("mlp"), "ghost", reduction="sum")
     with pytest.raises(hookjac.HookjacError, match="got GradSampleModule"):
         grad_samples(wrapped)
     with pytest.raises(TypeError, match="got list"):
-        GhostClipping([], max_grad_norm=1.0)  # type: ignore[arg-type]
-    private = Private(made("mlp"), "grad_samples", reduction="sum")
-    with pytest.raises(hookjac.HookjacError, match="told 'sum'"):
+        GhostClipping([], private.optimizer)
+    with pytest.raises(hookjac.HookjacError, match="'mean' here, but the engine was told 'sum'"):
         grad_samples(private.hooks, loss_reduction="mean")
     with pytest.raises(ValueError, match="'none'"):
         grad_samples(made("mlp"), loss_reduction="none")  # type: ignore[arg-type]

@@ -107,7 +107,8 @@ class GhostStandIn(nn.Module):
     def __init__(self, model: nn.Module, max_grad_norm: float, loss_reduction: str = "mean", **_: Any) -> None:
         super().__init__()
         self.inner, self.loss_reduction = model, loss_reduction
-        self.ghost = GhostClipping(model, max_grad_norm=max_grad_norm, loss_reduction=loss_reduction)
+        optimizer: Any = types.SimpleNamespace(max_grad_norm=max_grad_norm, loss_reduction=loss_reduction)
+        self.ghost = GhostClipping(model, optimizer)  # theirs is made before the optimizer
         self.disable_hooks = self.ghost.disable_hooks
         _OPEN.append(self.ghost.disable_hooks)
 
@@ -120,8 +121,9 @@ class GhostStandIn(nn.Module):
         return self.inner(x)
 
     def get_clipping_coef(self) -> Tensor:
-        for p in self.parameters():
-            p._norm_sample = p.grad_sample_norm * len(p.grad_sample_norm)  # the tests look at each parameter's
+        for name, p in self.inner.named_parameters():
+            norms = self.ghost._fresh[name]
+            p._norm_sample = norms * len(norms)  # the tests look at each parameter's
         return self.ghost.get_clipping_coef()
 
 
