@@ -365,6 +365,8 @@ MIXES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda z: z - z.mean(0),
     "those before": lambda z: z.cumsum(0),
     "its neighbour": lambda z: z + z.roll(1, 0),
+    "even ones see odd ones": lambda z: z + (torch.arange(len(z)) % 2 == 0)[:, None] * z[1::2].mean(),
+    "odd ones see even ones": lambda z: z + (torch.arange(len(z)) % 2 == 1)[:, None] * z[0::2].mean(),
     "the batch as keys": lambda z: F.scaled_dot_product_attention(z, z, z),
 }
 
@@ -376,6 +378,12 @@ def test_samples_that_mix(name: str, below: bool, mode: str) -> None:
     """Below the first layer, too, where no gradient shows it."""
     with pytest.raises(hookjac.HookjacError, match="the model mixes samples"):
         Private(Mixing(MIXES[name], below), mode, max_grad_norm=1.0).train()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_samples_that_mix_in_a_wrapped_model(mode: str) -> None:
+    with pytest.raises(hookjac.HookjacError, match="the model mixes samples"):
+        Private(Mixing(MIXES["mean"], True), mode, max_grad_norm=1.0, wrap_model=True).train()
 
 
 def test_samples_that_mix_among_words_given_by_name() -> None:
