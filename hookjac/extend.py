@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -46,6 +46,8 @@ class extend:
     create_graph: results carry a graph back to parameters and inputs, so that they can stand inside a loss (a penalty
         on the Jacobian, a loss of gradient norms). For quantities of the gradient and the Jacobian. The graph of the
         backward stays alive until you `del` the results; autograd's nodes do the work of module rules.
+    after: called at the end of every backward with the parameters that have results, by name: to move, log or sum them
+        before the next backward replaces them.
     group: a `torch.distributed` process group, or "world". What adds up (diagonals, blocks, factors, sums) is then of
         the loss of all ranks' samples together, the same on every rank. The ranks add up as the block closes, in one
         exchange: all of them open it and close it, a rank without data with nothing inside. What belongs to single
@@ -70,6 +72,7 @@ class extend:
         create_graph: bool = False,
         group: Group | Literal["world"] | None = None,
         reduction: Reduction | None = None,
+        after: Callable[[dict[str, nn.Parameter]], object] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"extend expects a torch.nn.Module, got {type(model).__name__}: {model!r:.80}")
@@ -80,10 +83,13 @@ class extend:
             )
         if not isinstance(create_graph, bool):
             raise TypeError(f"create_graph must be True or False, got {create_graph!r}")
+        if after is not None and not callable(after):
+            raise TypeError(f"after must be a function of the parameters, or None; got {after!r:.80}")
         self.model = model
         self.quantities = parse(quantities)
         self._output = output
         self._create_graph = create_graph
+        self._after = after
         curved = [q.name for q in self.quantities if q.curved]
         if create_graph and curved:
             raise ValueError(
@@ -249,6 +255,8 @@ class extend:
             if any(q == one.name for one in self.quantities)
         }
         self._attach(params, found if self._ranks is None else self._ranks.keep(found))
+        if self._after is not None:
+            self._after(dict(params))
 
     def _attach(
         self, params: Mapping[str, nn.Parameter], found: Mapping[str, Mapping[str, Any]], *, everywhere: bool = False

@@ -1,0 +1,83 @@
+"""Does a model keep its samples apart? Found by trying, not from a graph.
+
+Private training bounds what one sample can do, and clips each sample's gradient to that end. If another sample's output
+depends on it, too, the bound is void, however well gradients were clipped; so the gradient of a summand of the loss,
+which is defined all the same, will not do. Here other samples are replaced, and a sample's output must stay.
+
+N samples.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from hookjac.errors import HookjacError
+from hookjac.samples import agree
+from hookjac.tape import Select, select
+
+_TRIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def watch(model: nn.Module, output: Select) -> RemovableHandle | None:
+    """Try it at the next call that can tell, before the call, once for each model; until the handle is removed.
+
+    It takes three forwards, with random state and buffers put back after each. Nothing is learnt from one sample, or
+    from equal ones: then the next call is tried.
+    """
+    if model in _TRIED:
+        return None
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and module not in _TRIED and _apart(module, args, kwargs, output):
+            _TRIED.add(module)
+
+    return model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Select) -> bool:
+    """Do they? False: these data do not tell."""
+    given, spec = tree_flatten((args, kwargs))
+    first = _run(model, given, spec, output)
+    N = len(first) if first.dim() else 0
+    if N < 2:
+        return False
+    rows = [k for k, t in enumerate(given) if isinstance(t, Tensor) and t.dim() and len(t) == N]
+    if not rows:
+        raise HookjacError(
+            f"cannot tell whether the model keeps its samples apart: its output has {N}, and no tensor that it was "
+            "called with has as many rows. If no sample's output depends on another sample, say independent=True."
+        )
+    told = False
+    for odd in (0, 1):  # each half once sees the other replaced by a sample of its own
+        changed = list(given)
+        for k in rows:
+            changed[k] = t = given[k].detach().clone()
+            t[1 - odd :: 2] = t[odd].clone()
+            told = told or not torch.equal(t, given[k])
+        if not agree(_run(model, changed, spec, output)[odd::2], first[odd::2]):
+            raise HookjacError(
+                "the model mixes samples: a sample's output changes when others of its batch are replaced, so that "
+                "clipping each sample's gradient keeps nothing private. Take out what works across the batch (a mean "
+                "over it, an attention over it). If you know better, say independent=True."
+            )
+    return told
+
+
+def _run(model: nn.Module, given: list[Any], spec: Any, output: Select) -> Tensor:
+    """[N, *out]: what the model gives, as if it had not been called."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    args, kwargs = tree_unflatten([t.clone() if isinstance(t, Tensor) else t for t in given], spec)
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():  # `select` looks for what requires grad
+            return select(model.forward(*args, **kwargs), output).detach()
+    finally:
+        with torch.no_grad():
+            for b, before in buffers:
+                b.copy_(before)
