@@ -106,6 +106,7 @@ def profiling(show: bool) -> None:
 
 
 def training_all(show: bool) -> None:
+    torch.set_num_threads(1)  # the nets are small
     path = RESULTS / f"training-{DEVICE}.json"
     found = training.load(path) if show else training.Training(machine(), training.all_of_it())
     training.print_table(found)

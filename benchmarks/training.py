@@ -165,7 +165,7 @@ def configurations(task: Task) -> dict[str, dict[str, Make]]:
         "DiagonalNewton": {f"lr {lr:g}, damping {d:g}": lambda m, lr=lr, d=d: optim.DiagonalNewton(
             m, lr=lr, damping=d, curvature=diagonal, every=5) for lr in (0.003, 0.01, 0.03) for d in (1e-3, 1e-2)},
         "NaturalGradient": {f"damping {d:g}, {k} products": lambda m, d=d, k=k: optim.NaturalGradient(
-            m, damping=d, iterations=k) for d in (1e-2, 1e-1, 1.0) for k in (5, 20)},
+            m, damping=d, iterations=k) for d in (1e-2, 1e-1, 1.0) for k in ((3, 8) if few else (5, 20))},
     }  # fmt: skip
     if not few:
         found["GaussNewton"] = {

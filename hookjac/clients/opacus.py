@@ -125,7 +125,7 @@ class _Block(extend):
         self._handle = handle
         return opened
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         _remove(self._handle)
 
