@@ -428,6 +428,15 @@ def test_what_has_no_factors() -> None:
     with extend(model, KFAC(fisher="exact", otherwise="none")):
         random_loss(model(x)).backward()
     assert model.w.kfac is None
+    model.last = nn.Linear(C, C)
+    forward = model._forward
+    model._forward = lambda m, x: m.last(forward(m, x))
+    batches = [(x, Y[:N]), (x[:2], Y[:2])]
+    added = hookjac.accumulate(model, F.cross_entropy, batches, KFAC(fisher="exact", otherwise="none"))["kfac"]
+    assert added["w"] is None
+    with extend(model, KFAC(fisher="exact", otherwise="none")):
+        F.cross_entropy(model(torch.cat([x, x[:2]])), torch.cat([Y[:N], Y[:2]])).backward()
+    close(added["last.weight"].to_dense(), model.last.weight.kfac.to_dense(), "beside it")
     tied, ids = tied_table(), torch.randint(C, (N, 3))
     with extend(tied, KFAC(fisher="exact", otherwise="none")):
         random_loss(tied(ids)).backward()

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from workers import Workers, raised, same
 
-from hookjac import KFAC, HessDiag, HookjacError, Quantity, extend, passing
+from hookjac import KFAC, HessDiag, HookjacError, Quantity, extend, optim, passing
 from hookjac.sharded import demand_plain
 from hookjac.talkers import NODES
 
@@ -594,3 +594,43 @@ def check_checkpoint_inside(rank: int) -> None:
 
 def test_a_checkpoint_within_a_unit(two: Workers) -> None:
     two(check_checkpoint_inside)
+
+
+# Optimizers -------------------------------------------------------------------------------------------------------
+
+
+def check_kfac_steps(rank: int, size: int, tied: bool) -> None:
+    """Ranks with a share of the batch each take the steps of one process with all of it."""
+    torch.manual_seed(3)
+    table = nn.Embedding(6, 4)
+    parts = {"t": table, "m": nn.Linear(4, 4)} | ({} if tied else {"o": nn.Linear(4, 6)})
+    whole = Fn(
+        lambda m, i: torch.tanh(m.m(m.t(i).mean(1))) @ m.t.weight.T if tied else m.o(torch.tanh(m.m(m.t(i).mean(1)))),
+        **parts,
+    )
+    split = DistributedDataParallel(copy.deepcopy(whole))
+    settings: dict[str, Any] = {"fisher": "exact", "inverse_every": 2, "lr": 0.3}
+    one, many = optim.KFAC(whole, **settings), optim.KFAC(split, group="world", **settings)
+    torch.manual_seed(4)
+    for _ in range(4):
+        ids, y = torch.randint(6, (4 * size, 3)), torch.randint(6, (4 * size,))
+        mine = slice(4 * rank, 4 * rank + 4)
+        for optimizer, model, rows in ((one, whole, slice(None)), (many, split, mine)):
+            optimizer.zero_grad()
+            with optimizer.block():
+                F.cross_entropy(model(ids[rows]), y[rows]).backward()
+            optimizer.step()
+        for (name, p), q in zip(whole.named_parameters(), split.parameters(), strict=True):
+            close(q.detach(), p.detach(), name, 1e-9)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_kfac_steps(two: Workers, three: Workers, tied: bool) -> None:
+    two(check_kfac_steps, 2, tied)
+    three(check_kfac_steps, 3, tied)
+
+
+def test_kfac_over_a_group_refuses() -> None:
+    for more in ({"corrected": True}, {"adapt_every": 5}):
+        with pytest.raises(ValueError, match="over a group"):
+            optim.KFAC(nn.Linear(2, 2), group="world", **more)  # type: ignore[arg-type]

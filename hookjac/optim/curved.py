@@ -48,6 +48,10 @@ class Curved(torch.optim.Optimizer):
         """What the coming step needs besides gradients; nothing where it needs nothing."""
         raise NotImplementedError
 
+    def options(self) -> dict[str, Any]:
+        """How `hookjac.extend` shall be asked, besides."""
+        return {}
+
     def update(self, loss: Tensor | None, closure: Closure | None) -> None:
         """Move the parameters. `self.ext` is the block of this step's backward, if there was one."""
         raise NotImplementedError
@@ -60,7 +64,7 @@ class Curved(torch.optim.Optimizer):
         if not asked:
             yield
             return
-        ext = hookjac.extend(self.model, *asked)
+        ext = hookjac.extend(self.model, *asked, **self.options())
         self._clear(ext)  # of a step that an error ended
         with ext:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,10 @@ class KFAC(Curved):
     which takes a closure, a product with the Gauss-Newton matrix and one more evaluation; 0: it stays.
 
     A parameter without a pair of factors (none known, or a sum of pairs: a table that is the last layer, too) takes a
-    step of Adam instead, of length `other_lr`. The first axis of the output has to be samples: see `hookjac.extend`.
+    step of Adam instead, of length `other_lr`.
+
+    group: a `torch.distributed` process group, or "world", for a model under DistributedDataParallel, whose losses are
+    means over each rank's batch: the factors are then of all ranks' samples together, and each is inverted on one rank.
     """
 
     def __init__(
@@ -48,19 +52,25 @@ class KFAC(Curved):
         adapt_every: int = 0,
         least_damping: float = 1e-8,
         other_lr: float = 1e-3,
+        group: Any = None,
     ) -> None:
         demand(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
         if not (0 <= momentum < 1 and 0 <= decay < 1):
             raise ValueError(f"momentum and decay must be at least 0 and less than 1, got {momentum} and {decay}")
         if inverse_every < 1 or adapt_every < 0:
             raise ValueError(f"expected inverse_every > 0 and adapt_every >= 0, got {inverse_every} and {adapt_every}")
+        if group is not None and (corrected or adapt_every):
+            raise ValueError("over a group, KFAC has neither corrected=True nor adapt_every: their parts do not add up")
         super().__init__(model, params, {
             "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "other_lr": other_lr,
             "least_damping": least_damping, "steps": 0,
         })  # fmt: skip
         demand_precision(self)
         self.decay, self.inverse_every, self.adapt_every, self.clip = decay, inverse_every, adapt_every, clip
-        self.corrected, self.fisher, self.sharing = corrected, fisher, sharing
+        self.corrected, self.fisher, self.sharing, self.group = corrected, fisher, sharing, group
+
+    def options(self) -> dict[str, Any]:
+        return {} if self.group is None else {"group": self.group}
 
     def wanted(self) -> list[hookjac.Quantity]:
         bases = {p: self._basis(s) for p, s in self.state.items() if "Q_B" in s}
@@ -75,20 +85,26 @@ class KFAC(Curved):
         return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], state["values"], source)
 
     def update(self, loss: Tensor | None, closure: Closure | None) -> None:
-        renew = self.param_groups[0]["steps"] % self.inverse_every == 0
         move: dict[nn.Parameter, Tensor] = {}
-        directions: list[tuple[dict[str, Any], nn.Parameter, Tensor]] = []
-        pulls = 0.0
+        factored: list[tuple[dict[str, Any], nn.Parameter]] = []
         for group, p in self.moving():
             assert p.grad is not None
-            found, state = p.kfac, self.state[p]  # type: ignore[attr-defined]
+            found = p.kfac  # type: ignore[attr-defined]
             if found is None or isinstance(found, hookjac.KroneckerSum):
-                move[p] = -group["other_lr"] * _adam(state, p.grad) - group["lr"] * group["weight_decay"] * p
-                continue
-            self._learn(state, found, group["damping"], renew)
-            d = self._solved(state, p.grad, group["damping"])
-            directions.append((group, p, d))
-            pulls += group["lr"] ** 2 * float((d * p.grad).sum())
+                step = group["other_lr"] * _adam(self.state[p], p.grad)
+                move[p] = -step - group["lr"] * group["weight_decay"] * p
+            else:
+                self._learn(self.state[p], found)
+                factored.append((group, p))
+        renew = self.param_groups[0]["steps"] % self.inverse_every == 0
+        new = [(group, p) for group, p in factored if renew or not {"Q_B", "B_inverse"} & self.state[p].keys()]
+        (self._turn if self.corrected else self._invert)(new)
+        directions: list[tuple[dict[str, Any], nn.Parameter, Tensor]] = []
+        pulls = 0.0
+        for group, p in factored:
+            assert p.grad is not None
+            directions.append((group, p, self._solved(self.state[p], p.grad, group["damping"])))
+            pulls += group["lr"] ** 2 * float((directions[-1][2] * p.grad).sum())
         scale = min(1.0, math.sqrt(self.clip / pulls)) if self.clip and pulls > 0 else 1.0
         for group, p, d in directions:
             velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
@@ -118,37 +134,48 @@ class KFAC(Curved):
             for p in move:
                 self.state[p].pop("velocity", None)
 
-    def _learn(self, state: dict[str, Any], found: Any, damping: float, renew: bool) -> None:
-        """The moving averages of the factors (and of the eigenvalues), and what is made of them."""
+    def _learn(self, state: dict[str, Any], found: Any) -> None:
+        """The moving averages of the factors, and of the eigenvalues in the basis that there is."""
         new = found.source if self.corrected else found
-        if "B" in state:
-            old = hookjac.Kronecker(state["A"], state["B"], new.shape, new.swapped).lerp(new, 1 - self.decay)
-            state.update(A=old.A, B=old.B)
-        else:
+        if "B" not in state:
             state.update(A=new.A, B=new.B, swapped=new.swapped)
-        average = hookjac.Kronecker(state["A"], state["B"], new.shape, new.swapped)
-        if not self.corrected:
-            if renew or "B_inverse" not in state:
-                inverse = average.inverse(damping)
-                state.update(A_inverse=inverse.A, B_inverse=inverse.B)
+            if self.corrected:
+                state.update(Q_A=found.Q_A, Q_B=found.Q_B, values=found.values)
             return
-        if "Q_B" not in state:
-            state.update(Q_A=found.Q_A, Q_B=found.Q_B, values=found.values)
-            return
-        values = torch.lerp(state["values"], found.values, 1 - self.decay)
-        if renew:  # the diagonal of the same matrix in the new basis
-            basis = average.eigen()
-            turn = (basis.Q_B.mT @ state["Q_B"]).square()
-            values = turn @ values
+        average = self._average(state, new.shape).lerp(new, 1 - self.decay)
+        state.update(A=average.A, B=average.B)
+        if self.corrected:
+            state["values"] = torch.lerp(state["values"], found.values, 1 - self.decay)
+
+    def _average(self, state: dict[str, Any], shape: torch.Size) -> hookjac.Kronecker:
+        return hookjac.Kronecker(state["A"], state["B"], shape, state["swapped"])
+
+    def _invert(self, new: list[tuple[dict[str, Any], nn.Parameter]]) -> None:
+        averages = [(self._average(self.state[p], p.shape), group["damping"]) for group, p in new]
+        if self.group is None:
+            inverses = [average.inverse(damping) for average, damping in averages]
+        else:
+            damped = [average.damped(damping) for average, damping in averages]
+            found = iter(
+                hookjac.distributed.inverse([t for k in damped for t in (k.A, k.B) if t is not None], self.group)
+            )
+            inverses = [replace(k, A=None if k.A is None else next(found), B=next(found)) for k in damped]
+        for (_, p), inverse in zip(new, inverses, strict=True):
+            self.state[p].update(A_inverse=inverse.A, B_inverse=inverse.B)
+
+    def _turn(self, new: list[tuple[dict[str, Any], nn.Parameter]]) -> None:
+        """Eigenvalues are the diagonal of the same matrix in the new basis: (Qnewᵀ Q)² times those of the old."""
+        for _, p in new:
+            state, basis = self.state[p], self._average(self.state[p], p.shape).eigen()
+            values = (basis.Q_B.mT @ state["Q_B"]).square() @ state["values"]
             if basis.Q_A is not None:
                 values = values @ (basis.Q_A.mT @ state["Q_A"]).square().mT
-            state.update(Q_A=basis.Q_A, Q_B=basis.Q_B)
-        state["values"] = values
+            state.update(Q_A=basis.Q_A, Q_B=basis.Q_B, values=values)
 
     def _solved(self, state: dict[str, Any], g: Tensor, damping: float) -> Tensor:
         if not self.corrected:
             return hookjac.Kronecker(state["A_inverse"], state["B_inverse"], g.shape, state["swapped"]) @ g
-        source = hookjac.Kronecker(state["A"], state["B"], g.shape, state["swapped"])
+        source = self._average(state, g.shape)
         return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], state["values"], source).solve(g, damping)
 
 

@@ -89,12 +89,14 @@ def KFAC(
         reduce=reduce,
         subsample=chosen(subsample),
         # each batch has eigenvectors of its own, and averages of averages are no average
-        adds=None if correct or otherwise == "none" or fisher == "kfra" else adds,
+        adds=None if correct or fisher == "kfra" else adds,
     )
 
 
-def _split(found: Kronecker | KroneckerSum) -> tuple[list[Tensor], dict[str, Any]]:
+def _split(found: Kronecker | KroneckerSum | None) -> tuple[list[Tensor], dict[str, Any]]:
     """A as a sum over its rows, their number, and B; for each of the products."""
+    if found is None:
+        return [], {"none": True}
     if isinstance(found, KroneckerSum):
         each = [_split(part) for part in found.parts]
         return [t for parts, _ in each for t in parts], {"sum": [note for _, note in each]}
@@ -105,6 +107,8 @@ def _split(found: Kronecker | KroneckerSum) -> tuple[list[Tensor], dict[str, Any
 
 
 def _join(note: dict[str, Any], sums: list[Tensor], N: int) -> Any:
+    if "none" in note:
+        return None
     if "sum" in note:
         return KroneckerSum(tuple(_join(one, sums[3 * k : 3 * k + 3], N) for k, one in enumerate(note["sum"])))
     A, rows, B = sums
