@@ -66,6 +66,15 @@ def test_the_tutorial_runs() -> None:
     assert text.count(" ok ") == 3 * 7
 
 
+def test_the_page_for_those_who_come_from_elsewhere_runs() -> None:
+    torch.set_default_dtype(torch.float32)
+    said, names = io.StringIO(), {"__name__": "page"}
+    with contextlib.redirect_stdout(said):
+        for snippet in re.findall(r"```python\n(.*?)```", (DOCS / "coming.md").read_text(), re.S):
+            exec(snippet, names)
+    assert said.getvalue() == "torch.Size([10, 3, 10, 3])\n"
+
+
 def test_optimizers_have_docstrings() -> None:
     for module, names in ((optim, optim.__all__), (plot, own(plot))):
         for name in names:
