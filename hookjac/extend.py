@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hookjac import memory
-from hookjac.checkpoints import Recomputed
-from hookjac.described import Described, describe
-from hookjac.engine import Results, Walk
 from hookjac.errors import HookjacError
-from hookjac.explain import Explanation, explain
+from hookjac.explain import Explanation
 from hookjac.jacobian import Jacobian
-from hookjac.loss import scalar
 from hookjac.members import Members
 from hookjac.operator import Curvature
-from hookjac.passage import Passage, known, passage_of, recall, remember
-from hookjac.passing import Pass, serves
-from hookjac.plan import make_plan
 from hookjac.quantity import Quantity, parse
-from hookjac.quantity.record import GGN, Diagonal, Graph, Hessian, Loss, Output, Probes, Sampled
+from hookjac.quantity.record import Diagonal, Graph, Hessian, Probes
 from hookjac.ranks import Group, Ranks, group_of
-from hookjac.rule import foreign
-from hookjac.sharded import demand_no_pipeline, demand_plain, in_reach, like, shards, whole
+from hookjac.service import Service, light
+from hookjac.sharded import demand_no_pipeline, demand_plain, like, shards, whole
 from hookjac.sums import Reduction
 from hookjac.switches import MATH_ATTENTION, QUIET_VMAP
-from hookjac.tape import Select, Tape
-from hookjac.watch import Start, Watch
+from hookjac.tape import Select
+from hookjac.watch import Start
 
 
 class extend:
@@ -99,12 +90,9 @@ class extend:
         self._ranks = self._of_group(group, reduction)
         if self._ranks is not None:
             self.quantities = self._ranks.measuring()
-        served = (Loss, Output, GGN, Sampled, Hessian)
-        self._light = not create_graph and all(isinstance(q.wish, served) for q in self.quantities)
         self._open = False
         self._switches: contextlib.ExitStack | None = None
-        self._explanation: Explanation | None = None
-        self._operators: dict[str, Curvature] = {}
+        self._service: Service | None = None
         self._found: dict[str, dict[str, Any]] = {}  # quantity -> parameter -> its result
 
     def _of_group(self, group: Any, reduction: Reduction | None) -> Ranks | None:
@@ -132,26 +120,20 @@ class extend:
                     f"parameter {name!r} is complex ({p.dtype}): its Jacobian and Hessian depend on a convention that "
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
-        self._held = params  # ids stay theirs while we compare them
         self._shards = shards(members.modules)
         if self._shards:
             self._demand_sharded()
         else:
             demand_plain(params)
-        self._may_pass = self._light and not self._shards and not foreign(members.kinds)
-        # A layer's note holds no graph to what it saved; its autograd nodes do. And where the user's backward carries
-        # the columns, nodes know all that is needed
-        noted = not self._create_graph and not (self._may_pass and self._passes())
-        self._tape = Tape(members, self._output, rules=noted)
-        keep = self._create_graph or any(isinstance(q.wish, Graph) for q in self.quantities)
-        self._watch = Watch(self._tape, self._backward, keep)
+        self._service = Service(
+            self.model, self.quantities, members, self._backward,
+            output=self._output, create_graph=self._create_graph, sharded=bool(self._shards),
+        )  # fmt: skip
         self._switch()
         self._open = True
         if self._ranks is not None:
             self._ranks.open()
-        self._tape.install()
-        self._hooks = _hooks()
-        self._watch.open()
+        self._service.open()
         return self
 
     def _demand_sharded(self) -> None:
@@ -164,10 +146,11 @@ class extend:
 
     def _switch(self) -> None:
         twice = any(isinstance(q.wish, (Hessian, Diagonal, Probes, Graph)) for q in self.quantities)
-        if self._light and not twice:
+        plain = light(self.quantities) and not self._create_graph
+        if plain and not twice:
             return
         self._switches = contextlib.ExitStack()
-        if not self._light:
+        if not plain:
             self._switches.enter_context(QUIET_VMAP)
         if self._create_graph or twice:
             self._switches.enter_context(MATH_ATTENTION)
@@ -175,9 +158,9 @@ class extend:
     def __exit__(self, kind: type[BaseException] | None = None, *exc: object) -> None:
         if not self._open:
             raise HookjacError("this extend block is not open")
+        assert self._service is not None
         self._open = False
-        self._watch.close()
-        self._tape.remove()
+        self._service.close()
         if self._switches is not None:
             self._switches.close()
         try:
@@ -186,13 +169,13 @@ class extend:
                 self._clear(params, *self._ranks.summed)
                 self._attach(params, self._ranks.exchange(params), everywhere=True)
         finally:
-            self._held = {}
+            self._service.held = {}
 
     def explain(self) -> Explanation:
         """Which road every parameter took in the last backward of this block, and why."""
-        if self._explanation is None:
+        if self._service is None or self._service.explanation is None:
             raise HookjacError("explain() tells of the last backward inside the block; there was none yet")
-        return self._explanation
+        return self._service.explanation
 
     @property
     def hessian(self) -> Curvature:
@@ -231,9 +214,9 @@ class extend:
         return HookjacError(f"ext.{attribute}: {why}. Use hookjac.extend(model, {name!r}) and run a backward inside.")
 
     def _operator(self, kind: str, name: str) -> Curvature:
-        if kind not in self._operators:
+        if self._service is None or kind not in self._service.operators:
             raise self._missing(kind, name)
-        return self._operators[kind]
+        return self._service.operators[kind]
 
     def _clear(self, params: Mapping[str, nn.Parameter], *names: str) -> None:
         """Nobody shall read the last step's after an error, and its memory is needed."""
@@ -262,16 +245,18 @@ class extend:
         self, params: Mapping[str, nn.Parameter], found: Mapping[str, Mapping[str, Any]], *, everywhere: bool = False
     ) -> None:
         """everywhere: the same on all ranks, and so placed as the parameter is."""
+        assert self._service is not None
         for name, its in found.items():
             owners = [params[name]]
-            if self._shards and self._held[name] is not owners[0]:
-                owners.append(self._held[name])  # left whole after the backward: it will be parted again
+            if self._shards and self._service.held[name] is not owners[0]:
+                owners.append(self._service.held[name])  # left whole after the backward: it will be parted again
             for p in owners:
                 for q, value in its.items():
                     setattr(p, q, like(value, p) if everywhere else value)
 
     def _backward(self, start: Start) -> Any:
         """One backward of the user's: ours first, while the graph is alive; then theirs; results last."""
+        assert self._service is not None
         demand_no_pipeline()
         if self._shards:
             return self._backward_of_shards(start)
@@ -283,161 +268,36 @@ class extend:
                 return start.call()  # a gradient towards something else, inputs say: not ours
         self._begin(params)
         memory.turn()
-        described = self._describe(start, params)
-        passage: Passage | str | None = None
-        if described is not None:
-            passage = recall(self.model, tuple(params), described)
-            described = described if passage is not None else None
-        if isinstance(passage, Passage):
-            if serves(passage, self.quantities):
-                return self._pass(passage, described, start, params)
-            described = None
-        results = self._planned(start, members, params, described)
-        if isinstance(results, Passage):  # at once: the first step shall not differ from the others, not by a bit
-            return self._pass(results, described, start, params)
-        answer = start.call()
-        self._leave(params, {name: results[id(p)] for name, p in params.items()})
+        answer, found = self._service.run(start, members, params)
+        self._leave(params, found)
         return answer
 
     def _backward_of_shards(self, start: Start) -> Any:
         """The same under `fully_shard`: other objects are the parameters while they are whole."""
+        assert self._service is not None
         params = Members(self.model).trainable
         if start.inputs is not None:
-            if not (_listed(start.inputs, params) or _listed(start.inputs, self._held)):
+            if not (_listed(start.inputs, params) or _listed(start.inputs, self._service.held)):
                 return start.call()
             raise HookjacError(
                 "under fully_shard only a backward into all parameters' .grad is served: autograd.grad and "
                 "backward(inputs=...) would look for shards in a graph of whole parameters. Use loss.backward()."
             )
         self._begin(params)
-        self._begin(self._held)
+        self._begin(self._service.held)
         memory.turn()
         with whole(self._shards):
             members = Members(self.model)
             params = members.trainable
-            demand_plain(params, self._held)
+            demand_plain(params, self._service.held)
             self._begin(params)
-            results = self._planned(start, members, params, None)
-            assert isinstance(results, dict)
-            found = {name: results[id(p)] for name, p in params.items()}
+            found = self._service.walk(start, members, params)
         answer = start.call()
         self._leave(Members(self.model).trainable, found)
         return answer
-
-    def _describe(self, start: Start, params: dict[str, nn.Parameter]) -> Described | None:
-        if not self._may_pass or start.inputs is not None or len(start.tensors) != 1 or start.weights[0] is not None:
-            return None
-        loss = start.tensors[0]
-        if self._hooked() or not isinstance(loss, Tensor) or loss.numel() != 1:
-            return None
-        return describe(self._tape, loss, {id(p): k for k, p in enumerate(params.values())})
-
-    def _passes(self) -> bool:
-        """Is there a structure of this model whose passage serves what is asked for?"""
-        return any(passage is not None and serves(passage, self.quantities) for passage in known(self.model))
-
-    def _hooked(self) -> bool:
-        """Was a hook registered since the block began, in the model's forward or after it? It may change gradients."""
-        return _hooks() != self._hooks + self._tape.hooks
-
-    def _pass(
-        self, passage: Passage, described: Described | None, start: Start, params: dict[str, nn.Parameter]
-    ) -> Any:
-        """Columns that go by what is known of the graph's structure."""
-        assert described is not None
-        count = _hooks()
-        run = Pass(passage, described, list(params.values()), self.quantities, retained=self._watch.retained())
-        answer, found = run.run(start, functools.partial(self._watch.quiet, self.model))
-        self._tape.hooks += _hooks() - count
-        curved = any(isinstance(q.wish, Hessian) for q in self.quantities)
-        self._explanation = passage.curved if curved else passage.explanation
-        names = [q.name for q in self.quantities]
-        self._leave(
-            params,
-            {key: dict(zip(names, values, strict=True)) for key, values in zip(params, found, strict=True)},
-        )
-        return answer
-
-    def _planned(
-        self, start: Start, members: Members, params: dict[str, nn.Parameter], described: Described | None
-    ) -> Results | Passage:
-        """The results of a walk; or, of a graph that was described, the passage that makes one needless."""
-        # a graph made outside inference mode is differentiable inside it, but only once
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            self._watch.quiet(self.model),
-            _compiled(),
-            in_reach(),
-            QUIET_VMAP,
-        ):
-            count = _hooks()
-            found = self._results(list(start.tensors), list(start.weights), members, params, described)
-            self._tape.hooks += _hooks() - count
-        return found
-
-    def _results(
-        self,
-        tensors: list[Tensor],
-        weights: list[Tensor | None],
-        members: Members,
-        params: dict[str, nn.Parameter],
-        described: Described | None,
-    ) -> Results | Passage:
-        for t in tensors:
-            if not isinstance(t, Tensor):
-                raise HookjacError(
-                    f"backward was started from a {type(t).__name__}, expected a tensor: pass the loss itself."
-                )
-            if not t.requires_grad:
-                why = "the forward ran under torch.no_grad() or inference_mode()"
-                if self._tape.calls == 0:
-                    why = "the extended model was not called inside the block"
-                elif not self._tape.calls_without_grad:
-                    why = "something between the model and the loss detached it"
-                raise HookjacError(f"the loss does not require grad: {why}.")
-        loss = scalar(tensors, weights)
-        held = {id(p): name for name, p in self._held.items()}
-        current = {id(p) for p in members.params.values()}
-        with Recomputed() as recomputed:
-            plan = make_plan(self._tape, loss, params, held, current, recomputed)
-            if described is not None:
-                passage = None
-                with contextlib.suppress(HookjacError):  # what is amiss, the walk will say
-                    by_nodes = make_plan(self._tape, loss, params, held, current, recomputed, set(plan.route.calls))
-                    passage = passage_of(by_nodes, described, functools.partial(explain, self.model, plan))
-                remember(self.model, tuple(params), described, passage)
-                if passage is not None and serves(passage, self.quantities):
-                    return passage
-            quiet = functools.partial(self._watch.quiet, self.model)
-            walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
-            results = walk.run()
-            self._operators = walk.operators
-            self._explanation = explain(self.model, plan, walk.seeds.roads)
-        return results
 
 
 def _listed(inputs: Sequence[Any], params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """The parameters among the `inputs=` of a backward."""
     chosen = {id(getattr(getattr(t, "node", None), "variable", t)) for t in inputs}
     return {name: p for name, p in params.items() if id(p) in chosen}
-
-
-def _hooks() -> int:
-    """How many hooks of any kind were ever registered in this process."""
-    return RemovableHandle.next_id
-
-
-@contextlib.contextmanager
-def _compiled() -> Iterator[None]:
-    """Say in our words that a compiled backward can run only once."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated buffer" not in str(error):
-            raise
-        raise HookjacError(
-            "the model was compiled and had run before this block, so that its backward gives its buffers away and can "
-            "run only once. Compile inside the block, or extend the model that torch.compile was given (`_orig_mod`), "
-            "or set torch._functorch.config.donated_buffer = False before the first forward."
-        ) from error

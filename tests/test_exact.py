@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +12,9 @@ from oracle import close, expected, trainable
 from torch import Tensor, nn
 
 import hookjac
-from hookjac import rule
+from hookjac import rule, service
 from hookjac.engine import Walk
 
-extend_ = sys.modules[hookjac.extend.__module__]
 QUANTITIES = ("grad_sample", "jac", "ggn_diag", "hess_diag")
 
 
@@ -43,7 +41,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counted.append(1)
         return real(self)
 
-    monkeypatch.setattr(extend_, "describe", lambda *_: None)
+    monkeypatch.setattr(service, "describe", lambda *_: None)
     monkeypatch.setattr(Walk, "run", run)
     return counted
 

@@ -30,8 +30,8 @@ ORDER = [
     "checkpoints", "progress", "products", "factor", "deliver", "rule", "places", "layers", "tape", "watch",
     "described", "route", "structure", "uses", "kinks", "loss", "plan", "gathering", "handover", "operator",
     "kronecker", "structured", "jacobian", "quantity", "sums", "ranks", "distributed", "limits", "head",
-    "curvature", "roads", "seeds", "engine", "explain", "passage", "reading", "passing", "extend", "files", "saving",
-    "accumulate", "testing", "check", "plot", "", "clients", "optim", "demo", "__main__",
+    "curvature", "roads", "seeds", "engine", "explain", "passage", "reading", "passing", "service", "extend",
+    "files", "saving", "accumulate", "testing", "check", "plot", "", "clients", "optim", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity", "clients", "optim"]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hookjac
 from hookjac import HookjacError, extend
+from hookjac.service import Service
 
 PLAIN = [c for c in CASES if c.output is None and c.oracle is None and c.loss is None]
 ALL = ("grad_sample", "grad_sample_norm", "grad_sample_gram", "grad_sq_sum", "grad_var")
@@ -29,13 +30,13 @@ ALL = ("grad_sample", "grad_sample_norm", "grad_sample_gram", "grad_sq_sum", "gr
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the backwards that were read in passing."""
     counted: list[int] = []
-    real = extend._pass
+    real = Service._pass
 
-    def seen(self: extend, *args: Any) -> Any:
+    def seen(self: Service, *args: Any) -> Any:
         counted.append(1)
         return real(self, *args)
 
-    monkeypatch.setattr(extend, "_pass", seen)
+    monkeypatch.setattr(Service, "_pass", seen)
     return counted
 
 
