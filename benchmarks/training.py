@@ -271,7 +271,7 @@ def tuned(task: Task, name: str, made: dict[str, Make], steps: int, seeds: tuple
 def save(training: Training, path: Path) -> None:
     def short(value: Any) -> Any:
         if isinstance(value, float):
-            return float(f"{value:.4g}") if math.isfinite(value) else 1e30
+            return float(f"{value:.4g}") if math.isfinite(value) else None
         if isinstance(value, dict):
             return {k: short(v) for k, v in value.items()}
         return [short(v) for v in value] if isinstance(value, list) else value
@@ -281,8 +281,16 @@ def save(training: Training, path: Path) -> None:
 
 def load(path: Path) -> Training:
     raw = json.loads(path.read_text())
-    found = [Trained(**{**t, "runs": [Run(**run) for run in t["runs"]]}) for t in raw["found"]]
+    found = [Trained(**{**t, "runs": [_run(**run) for run in t["runs"]]}) for t in raw["found"]]
     return Training(raw["machine"], found)
+
+
+def _run(losses: list[float | None], seconds: list[float], held_out: float | None) -> Run:
+    return Run([math.inf if v is None else v for v in losses], seconds, math.inf if held_out is None else held_out)
+
+
+def _said(loss: float, digits: int = 3) -> str:
+    return f"{loss:.{digits}g}" if math.isfinite(loss) else "diverged"
 
 
 HEAD = ["task", "optimizer", "chosen", "loss, last tenth", "its spread", "held out", "steps to AdamW's", "ms a step",
@@ -300,9 +308,10 @@ def rows(training: Training) -> list[list[str]]:
         steps = statistics.median(len(r.losses) if k is None else k for k, r in zip(reached, t.runs, strict=True))
         seconds = statistics.median(r.seconds[-1 if k is None else k - 1] for k, r in zip(reached, t.runs, strict=True))
         out.append([
-            t.task, t.optimizer, t.chosen, f"{t.median(lambda r: r.last):.3g}", f"{min(lasts):.2g} to {max(lasts):.2g}",
-            f"{t.median(lambda r: r.held_out):.3g}", f"{steps:.0f}" if there else "never",
-            f"{1e3 * t.median(lambda r: r.seconds[-1] / len(r.seconds)):.1f}", f"{seconds:.2f}" if there else "never",
+            t.task, t.optimizer, t.chosen, _said(t.median(lambda r: r.last)),
+            f"{_said(min(lasts), 2)} to {_said(max(lasts), 2)}", _said(t.median(lambda r: r.held_out)),
+            f"{steps:.0f}" if there else "never", f"{1e3 * t.median(lambda r: r.seconds[-1] / len(r.seconds)):.1f}",
+            f"{seconds:.2f}" if there else "never",
         ])  # fmt: skip
     return out
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth, profiles, report
+from benchmarks import growth, profiles, report, training
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
@@ -28,6 +28,16 @@ def test_the_page_says_what_its_results_file_says(block: str, tmp_path: Path) ->
     assert page.read_text() != PAGE.read_text()
     WRITERS[block](page)
     assert page.read_text() == PAGE.read_text()
+
+
+def test_the_page_of_optimizers_says_what_its_results_file_says(tmp_path: Path) -> None:
+    """`python -m benchmarks --training --show` writes it again."""
+    page, own = tmp_path / "page.md", (ROOT / "docs" / "optimizers.md").read_text()
+    page.write_text(own)
+    report.put(page, "training", "something else")
+    assert page.read_text() != own
+    training.write_page(training.load(RESULTS / "training-cpu.json"), page)
+    assert page.read_text() == own
 
 
 def test_a_page_without_its_marks_is_an_error(tmp_path: Path) -> None:
