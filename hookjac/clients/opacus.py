@@ -24,7 +24,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hookjac.clients.apart import watch
+from hookjac.apart import watch
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.quantity import GradSample, GradSampleNorm, Quantity

@@ -21,7 +21,7 @@ class DiagonalNewton(Curved):
     curvature: a quantity of shape [*p]: "hess_diag" (exact), "ggn_diag" (never negative), "ggn_diag_mc", "hesscale",
     "hutchinson", or a record with options. negative: what becomes of negative curvature: "abs", its size (saddle-free
     Newton, Dauphin et al. 2014); "clamp", 0, so that damping alone is left; "still", no step there. clip: the most that
-    m / (|h| + damping) may be, entry by entry (Liu et al. 2023, Sophia); 0: no limit. weight_decay: decoupled.
+    m / (|h| + damping) may be, entry by entry (after Liu et al. 2023, Sophia); 0: no limit. weight_decay: decoupled.
     """
 
     def __init__(
@@ -37,8 +37,13 @@ class DiagonalNewton(Curved):
         every: int = 1,
         clip: float = 1.0,
         weight_decay: float = 0.0,
+        output: Any = None,
     ) -> None:
-        demand(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay)
+        demand(lr=lr, clip=clip, weight_decay=weight_decay)
+        if not damping > 0:
+            raise ValueError(
+                f"damping must be positive, got {damping}: where the curvature is zero, nothing else is left"
+            )
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be at least 0 and less than 1, got {betas}")
         if negative not in ("abs", "clamp", "still"):
@@ -47,25 +52,28 @@ class DiagonalNewton(Curved):
             raise ValueError(f"every must be a positive number of steps, got {every}")
         super().__init__(model, params, {
             "lr": lr, "betas": betas, "damping": damping, "weight_decay": weight_decay, "clip": clip, "steps": 0,
-        })  # fmt: skip
+        }, output=output)  # fmt: skip
         self.curvature, self.negative, self.every = curvature, negative, every
         (self._name,) = (q.name for q in hookjac.extend(model, curvature).quantities)
 
     def wanted(self) -> list[str | hookjac.Quantity]:
-        return [self.curvature] if self.param_groups[0]["steps"] % self.every == 0 else []
+        here = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        due = self.param_groups[0]["steps"] % self.every == 0 or any("asked" not in self.state[p] for p in here)
+        for p in here if due else ():
+            self.state[p]["asked"] = True
+        return [self.curvature] if due else []
 
     def update(self, loss: Tensor | None, closure: Closure | None) -> None:
+        results = {p: self._result(p) for _, p in self.moving()}
+        self.demand_finite(*results.values(), *(p.grad for p in results))
         for group, p in self.moving():
             assert p.grad is not None
             state, (slow, slower) = self.state[p], group["betas"]
             _average(state, "gradient", p.grad, slow)
-            if (found := getattr(p, self._name, None)) is not None:
-                if found.shape != p.shape:
-                    raise hookjac.HookjacError(
-                        f"DiagonalNewton(curvature={self._name!r}): expected a quantity of shape [*p] = "
-                        f"{list(p.shape)}, got {list(found.shape)}. Use one of the diagonals, such as 'ggn_diag'."
-                    )
+            if (found := results[p]) is not None:
                 _average(state, "curvature", found, slower)
+            if "curvature" not in state:
+                continue  # out of the loss's reach when it was asked for: from the next time on
             m, h = _unbiased(state, "gradient", slow), _unbiased(state, "curvature", slower)
             sizes = h.abs() if self.negative == "abs" else h.clamp(min=0)
             step = m / (sizes + group["damping"])
@@ -76,6 +84,18 @@ class DiagonalNewton(Curved):
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
         for group in self.param_groups:
             group["steps"] += 1
+
+    def _result(self, p: nn.Parameter) -> Tensor | None:
+        if self.ext is None:
+            return None
+        found = getattr(p, self._name)
+        if not isinstance(found, Tensor) or found.shape != p.shape:
+            what = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise hookjac.HookjacError(
+                f"DiagonalNewton(curvature={self._name!r}): expected a quantity of shape [*p] = {list(p.shape)}, got "
+                f"{what}. Use one of the diagonals, such as 'ggn_diag'."
+            )
+        return found
 
 
 def _average(state: dict[str, Any], key: str, new: Tensor, decay: float) -> None:

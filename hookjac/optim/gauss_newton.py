@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim.curved import Closure, Curved, demand, demand_precision
+from hookjac.optim.curved import Closure, Curved, demand
 
 
 class GaussNewton(Curved):
@@ -37,27 +37,33 @@ class GaussNewton(Curved):
         least_damping: float = 1e-8,
         tries: int = 5,
         refine: int = 1,
+        output: Any = None,
     ) -> None:
         demand(lr=lr, refine=refine)
         if not (damping > 0 and least_damping > 0):
             raise ValueError(f"damping and least_damping must be positive, got {damping} and {least_damping}")
         if tries < 1:
             raise ValueError(f"tries must be positive, got {tries}")
-        super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping})
-        demand_precision(self)
+        super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
+        self.demand_precision()
         self.tries, self.refine = tries, refine
+
+    single = True
 
     def wanted(self) -> list[hookjac.Quantity]:
         return [hookjac.GGNSqrt(structured=True)]
 
     def update(self, loss: Tensor | None, closure: Closure | None) -> None:
         found = list(self.moving())
+        if len({p.dtype for _, p in found}) > 1:
+            raise hookjac.HookjacError("GaussNewton solves for all parameters together, and they are of several dtypes")
         met = {p: p.ggn_sqrt for _, p in found if p.ggn_sqrt.shape[1]}  # type: ignore[attr-defined]
         W = hookjac.Jacobian({str(k): root for k, root in enumerate(met.values())}) if met else None
         g = {p: p.grad.clone() for _, p in found if p.grad is not None}  # a closure puts others in their place
         K = None if W is None else W.gram().reshape(W.shape[0], -1)
+        self.demand_finite(K, *g.values())
         for _ in range(self.tries):
-            d = self._solved(W, K, g, list(met), self.param_groups[0]["damping"])
+            d = self._solved(W, K, g, list(met), self.damping)
             move = {p: group["lr"] * d[p] for group, p in found}
             if loss is None or closure is None:
                 for p, t in move.items():
@@ -105,7 +111,8 @@ class NaturalGradient(Curved):
     the gradient. They start from `keep` times the last step. Given a closure, a step that raises the loss is taken
     back, and the damping follows how well the quadratic model foretold the loss; without one it stays.
 
-    Penalties are part of G. Cost: three backwards for each product; and a closure.
+    G of a loss that is not convex in the outputs may bend down: iterations end where it does, and the step is the
+    gradient's where that is at once. Penalties are part of G. Cost: three backwards for each product; and a closure.
     """
 
     def __init__(
@@ -119,25 +126,33 @@ class NaturalGradient(Curved):
         iterations: int = 20,
         tolerance: float = 1e-3,
         keep: float = 0.9,
+        output: Any = None,
     ) -> None:
-        demand(lr=lr, damping=damping, tolerance=tolerance, keep=keep)
+        demand(lr=lr, tolerance=tolerance, keep=keep)
+        if not (damping > 0 and least_damping > 0):
+            raise ValueError(f"damping and least_damping must be positive, got {damping} and {least_damping}")
         if iterations < 1:
             raise ValueError(f"iterations must be positive, got {iterations}")
-        super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping})
+        super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
         self.iterations, self.tolerance, self.keep = iterations, tolerance, keep
+
+    single = True
 
     def wanted(self) -> list[hookjac.Quantity]:
         return [hookjac.GGNMP()]
 
     def update(self, loss: Tensor | None, closure: Closure | None) -> None:
         assert self.ext is not None
-        G, damping = self.ext.ggn, self.param_groups[0]["damping"]
+        G, damping = self.ext.ggn, self.damping
         g = self.place({p: p.grad for _, p in self.moving() if p.grad is not None})
         moves = self.place({p: torch.ones_like(p) for _, p in self.moving()})  # the others stay where they are
-        start = self.place({p: self.keep * self.state[p]["step"] for _, p in self.moving() if "step" in self.state[p]})
+        start = self.place({p: self.keep * self.state[p]["move"] for _, p in self.moving() if "move" in self.state[p]})
+        self.demand_finite(g)
         d = self._conjugate(lambda v: moves * (G @ v) + damping * v, -g, start)
+        d = -g / damping if d is None else d
+        self.demand_finite(d)
         for p, t in self.take(d).items():
-            self.state[p]["step"] = t.clone()
+            self.state[p]["move"] = t.clone()
         lr = self.place({p: torch.full_like(p, group["lr"]) for group, p in self.moving()})
         move = self.take(lr * d)
         if loss is None or closure is None:
@@ -147,19 +162,20 @@ class NaturalGradient(Curved):
         v = lr * d
         if not self.attempt(move, float(g @ v + v @ (G @ v) / 2), loss.item(), closure):
             for p in move:
-                del self.state[p]["step"]
+                del self.state[p]["move"]
 
-    def _conjugate(self, product: Any, b: Tensor, x: Tensor) -> Tensor:
+    def _conjugate(self, product: Any, b: Tensor, x: Tensor) -> Tensor | None:
+        """None where the matrix bends down along the first direction already."""
         r = b - product(x)
         d, size = r, r @ r
         enough = (self.tolerance * b).square().sum()
-        for _ in range(self.iterations):
+        for k in range(self.iterations):
             if size <= enough:
                 break
             Ad = product(d)
             bend = d @ Ad
             if not bend > 0:
-                break  # rounding, or a direction without curvature: further would be nowhere
+                return x if k else None
             step = size / bend
             x, r = x + step * d, r - step * Ad
             before, size = size, r @ r

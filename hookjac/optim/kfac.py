@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim.curved import Closure, Curved, demand, demand_precision
+from hookjac.optim.curved import Closure, Curved, demand
 
 
 class KFAC(Curved):
@@ -22,8 +22,10 @@ class KFAC(Curved):
     `corrected` F has the average's eigenvectors, and in that basis a moving average of the exact curvature's diagonal;
     then damping is added to the eigenvalues. weight and bias of a layer are two blocks.
 
-    decay: of the moving averages. fisher, sharing: as for `hookjac.KFAC`. clip: steps are scaled so that lr² gᵀ d, what
-    the model says they change the output distribution by, is at most that (Ba et al. 2017); 0: they are not.
+    decay: of the moving averages. fisher, sharing: as for `hookjac.KFAC`. clip: d is scaled so that lr² gᵀ d, about
+    twice the divergence that it makes of the output distribution by itself, is at most that (Ba et al. 2017); momentum
+    adds such steps up. 0: it is not. Where clip is in force, lr is not. Eigenvalues below zero, of a loss that is not
+    convex, count as zero under `corrected`; else such a loss is refused.
     weight_decay: decoupled, as in AdamW. adapt_every: every so many steps the damping follows Levenberg and Marquardt,
     which takes a closure, a product with the Gauss-Newton matrix and one more evaluation; 0: it stays.
 
@@ -53,6 +55,7 @@ class KFAC(Curved):
         least_damping: float = 1e-8,
         other_lr: float = 1e-3,
         group: Any = None,
+        output: Any = None,
     ) -> None:
         demand(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
         if not (0 <= momentum < 1 and 0 <= decay < 1):
@@ -64,8 +67,8 @@ class KFAC(Curved):
         super().__init__(model, params, {
             "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "other_lr": other_lr,
             "least_damping": least_damping, "steps": 0,
-        })  # fmt: skip
-        demand_precision(self)
+        }, output=output)  # fmt: skip
+        self.demand_precision()
         self.decay, self.inverse_every, self.adapt_every, self.clip = decay, inverse_every, adapt_every, clip
         self.corrected, self.fisher, self.sharing, self.group = corrected, fisher, sharing, group
 
@@ -85,6 +88,11 @@ class KFAC(Curved):
         return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], state["values"], source)
 
     def update(self, loss: Tensor | None, closure: Closure | None) -> None:
+        if self._adapts() and closure is None:
+            raise hookjac.HookjacError(
+                "KFAC(adapt_every=...) has to evaluate the loss after a step: use optimizer.step(closure)."
+            )
+        self.demand_finite(*(p.grad for _, p in self.moving()))
         move: dict[nn.Parameter, Tensor] = {}
         factored: list[tuple[dict[str, Any], nn.Parameter]] = []
         for group, p in self.moving():
@@ -123,10 +131,8 @@ class KFAC(Curved):
         return self.adapt_every > 0 and (self.param_groups[0]["steps"] + 1) % self.adapt_every == 0
 
     def _try(self, move: dict[nn.Parameter, Tensor], loss: Tensor | None, closure: Closure | None) -> None:
-        if loss is None or closure is None:
-            raise hookjac.HookjacError(
-                "KFAC(adapt_every=...) has to evaluate the loss after a step: use optimizer.step(closure)."
-            )
+        assert loss is not None
+        assert closure is not None
         assert self.ext is not None
         v = self.place(move)
         g = self.place({p: p.grad for _, p in self.moving() if p.grad is not None})
@@ -137,6 +143,7 @@ class KFAC(Curved):
     def _learn(self, state: dict[str, Any], found: Any) -> None:
         """The moving averages of the factors, and of the eigenvalues in the basis that there is."""
         new = found.source if self.corrected else found
+        self.demand_finite(new.A, new.B)
         if "B" not in state:
             state.update(A=new.A, B=new.B, swapped=new.swapped)
             if self.corrected:
@@ -176,7 +183,8 @@ class KFAC(Curved):
         if not self.corrected:
             return hookjac.Kronecker(state["A_inverse"], state["B_inverse"], g.shape, state["swapped"]) @ g
         source = self._average(state, g.shape)
-        return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], state["values"], source).solve(g, damping)
+        values = state["values"].clamp(min=0)
+        return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], values, source).solve(g, damping)
 
 
 def _adam(state: dict[str, Any], g: Tensor) -> Tensor:

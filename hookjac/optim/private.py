@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -10,24 +11,31 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import hookjac
+from hookjac.apart import watch
 from hookjac.optim.curved import Closure, Curved, demand
 
 
 class DPSGD(Curved):
     """Stochastic gradient descent on clipped and noised gradients (Abadi et al. 2016).
 
-    A step goes by the sum over samples of g_n min(1, clip / |g_n|), plus Gaussian noise of deviation `noise` clip, over
-    `batch_size`, the *expected* size under Poisson sampling. |g_n| is over all parameters of the optimizer.
+    A step goes by the sum over samples of g_n min(1, clip / |g_n|), plus Gaussian noise of deviation `noise` clip on
+    every parameter, over `batch_size`, the *expected* size under Poisson sampling. |g_n| is over all of them.
 
     step(closure) never holds a gradient for each sample: its backward finds their norms (`grad_sample_norm`), and the
     model is run once more, on the same random numbers, for one gradient of the outputs with each sample's share. The
-    closure must call the model once. `with optimizer.block():` and step() materialise `grad_sample` instead.
+    closure calls the model once and returns the loss itself. `with optimizer.block():` and step() materialise
+    `grad_sample` instead. One backward a step.
 
-    loss_reduction: how the loss is made of the samples' losses; what is not their sum or mean (a penalty on the
-    parameters: use weight_decay) is refused at the first step with a closure. generator: for the noise, in tests;
-    privacy needs noise that nobody can foresee. What epsilon this gives, an accountant knows: those of Opacus take
-    `noise` and the sampling rate. `p.grad` is what the step used, noise included.
+    What privacy rests on, and who sees to it. Refused at every step: a penalty on the parameters (use weight_decay),
+    a loss that mixes samples, outputs that were changed in place or that the model does not give again. Tried at the
+    first call, as by `hookjac.clients.opacus`: a model that mixes samples; independent=True leaves that out. Yours: the
+    first axis of inputs and outputs counts the units whose privacy is meant, and the loss is their "mean" or "sum", as
+    loss_reduction says. A denominator that depends on the batch (class weights, ignored targets) is not seen: "sum" has
+    none. generator: for the noise, in tests; else nobody must foresee it. What epsilon this gives, an accountant knows:
+    those of Opacus take `noise` and the sampling rate. `p.grad` is what the step used, noise included.
     """
+
+    single = True
 
     def __init__(
         self,
@@ -41,70 +49,68 @@ class DPSGD(Curved):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        independent: bool = False,
         generator: torch.Generator | None = None,
+        output: Any = None,
     ) -> None:
-        demand(lr=lr, noise=noise, momentum=momentum, weight_decay=weight_decay)
+        demand(lr=lr, noise=noise, momentum=momentum, weight_decay=weight_decay, clip=clip, batch_size=batch_size)
         if not (clip > 0 and batch_size > 0):
             raise ValueError(f"clip and batch_size must be positive, got {clip} and {batch_size}")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        super().__init__(model, params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.batch_size, self.clip, self.noise = batch_size, clip, noise
-        self.loss_reduction, self.generator = loss_reduction, generator
+        super().__init__(model, params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, output=output)
+        self.batch_size, self.clip, self.noise, self.generator = batch_size, clip, noise, generator
+        self.loss_reduction, self.independent = loss_reduction, independent
         self._calls: list[_Call] | None = None  # of the model, where a closure runs
-        self._checked = False
 
     def wanted(self) -> list[hookjac.Quantity]:
         if self._calls is None:
             return [hookjac.GradSample(loss_reduction=self.loss_reduction)]
         return [hookjac.GradSampleNorm()]
 
+    @contextlib.contextmanager
+    def block(self) -> Iterator[None]:
+        """Around the forward and the backward of the coming step."""
+        # both before `extend` counts hooks
+        trial = None if self.independent else watch(self.model, self.output)
+        noted = contextlib.nullcontext() if self._calls is None else noting(self.model, self._calls)
+        try:
+            with noted, super().block():
+                yield
+        finally:
+            if trial is not None:
+                trial.remove()
+
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """One step: in two passes with a closure, from `grad_sample` without."""
         if closure is None:
             return super().step()
         self._calls = []
-        hooks = [
-            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.model.register_forward_hook(self._after),
-        ]
         try:
             return super().step(closure)
         finally:
             self._calls = None
-            for hook in hooks:
-                hook.remove()
-
-    def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._calls is not None and self.ext is None and torch.is_grad_enabled():
-            cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-            kind = next(model.parameters()).device.type
-            cast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            self._calls.append(_Call(args, kwargs, torch.get_rng_state(), cuda, cast))
-
-    def _after(self, model: nn.Module, args: Any, out: Any) -> None:
-        if self._calls and self.ext is None and torch.is_grad_enabled():
-            self._calls[-1].outputs = _leaves(out)
-            for t in self._calls[-1].outputs:
-                t.retain_grad()
 
     def update(self, loss: Tensor | None, closure: Closure | None) -> None:
-        moving = list(self.moving())
         clipped = self._from_samples() if closure is None else self._from_norms()
-        for group, p in moving:
-            g = clipped[p]
-            if self.noise:
-                z = torch.randn(p.shape, generator=self.generator, dtype=p.dtype, device=p.device)
-                g = g + self.noise * self.clip * z
-            p.grad = g = g / self.batch_size
-            if group["weight_decay"]:
-                g = g + group["weight_decay"] * p
-            if group["momentum"]:
-                g = self.state[p].setdefault("velocity", torch.zeros_like(p)).mul_(group["momentum"]).add_(g)
-            p.sub_(g, alpha=group["lr"])
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not p.requires_grad:
+                    continue
+                g = clipped.get(p, torch.zeros_like(p))  # noised all the same: what no sample reached is a secret, too
+                if self.noise:
+                    z = torch.randn(p.shape, generator=self.generator, dtype=p.dtype, device=p.device)
+                    g = g + self.noise * self.clip * z
+                p.grad = g = g / self.batch_size
+                if group["weight_decay"]:
+                    g = g + group["weight_decay"] * p
+                if group["momentum"]:
+                    g = self.state[p].setdefault("velocity", torch.zeros_like(p)).mul_(group["momentum"]).add_(g)
+                p.sub_(g, alpha=group["lr"])
 
     def _shares(self, squares: Iterable[Tensor]) -> Tensor:  # [N] each -> [N]
         norms = torch.stack(list(squares)).sum(0).sqrt()
+        self.demand_finite(norms)
         return torch.where(norms > self.clip, self.clip / norms, torch.ones_like(norms))
 
     def _from_samples(self) -> dict[nn.Parameter, Tensor]:
@@ -120,48 +126,93 @@ class DPSGD(Curved):
             )
         (call,) = self._calls
         params = [p for _, p in self.moving()]
+        self._demand_outputs_only(call)
         N = len(params[0].grad_sample_norm)  # type: ignore[attr-defined]
         scale = N if self.loss_reduction == "mean" else 1
         shares = self._shares((p.grad_sample_norm * scale).square() for p in params)  # type: ignore[attr-defined]
-        slopes = [torch.zeros_like(t) if t.grad is None else t.grad for t in call.outputs]
         outputs = call.again(self.model)
-        if not self._checked:
-            whole = torch.autograd.grad(outputs, params, slopes, retain_graph=True, allow_unused=True)
-            self._demand_a_sum(params, whole)
+        slopes = [torch.zeros_like(t) if t.grad is None else t.grad for t in call.outputs]
         scaled = [g * (scale * shares).to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in slopes]
         found = torch.autograd.grad(outputs, params, scaled, allow_unused=True)
         return {p: torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)}
 
-    def _demand_a_sum(self, params: list[nn.Parameter], whole: tuple[Tensor | None, ...]) -> None:
-        """All of the loss's gradient comes through the outputs, or there is more to it than the samples' losses."""
-        for p, g in zip(params, whole, strict=True):
-            assert p.grad is not None
-            wanted = torch.zeros_like(p) if g is None else g
-            worst = float((p.grad - wanted).abs().max()) if p.numel() else 0.0
-            if not worst <= 1e4 * torch.finfo(p.dtype).eps * float(p.grad.abs().max()):
-                (name,) = (name for name, q in self.model.named_parameters() if q is p)
+    def _demand_outputs_only(self, call: _Call) -> None:
+        """All of the loss's gradient comes through the outputs as the model gave them."""
+        assert self.loss is not None
+        if self.loss.grad_fn is None:
+            raise hookjac.HookjacError("the closure of DPSGD.step should return the loss itself, not a detached copy")
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        seen: set[Any] = {*call.nodes, None}
+        todo: list[Any] = [self.loss.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if id(leaf := getattr(node, "variable", None)) in names:
                 raise hookjac.HookjacError(
-                    f"the gradient of {name!r} differs from what comes through the model's outputs (by {worst:.1e}): "
-                    "there is a penalty on the parameters in the loss, whose share in a sample's gradient cannot be "
-                    "clipped, or the model is not a function of its inputs. Use weight_decay= for the penalty; or "
-                    "zero_grad() first, where gradients were left from before."
+                    f"the loss reaches {names[id(leaf)]!r} past the model's outputs (a penalty on the parameters): its "
+                    "share in a sample's gradient cannot be clipped. Use weight_decay=."
                 )
-        self._checked = True
+            todo += [below for below, _ in node.next_functions]
+        if any(t._version != version for t, version in zip(call.outputs, call.versions, strict=True)):
+            raise hookjac.HookjacError(
+                "an output of the model was changed in place after it was given, so that the gradient at it is of "
+                "something else. Use the operation that is not in place."
+            )
 
 
 class _Call:
     """One call of the model, and what is needed for the same once more."""
 
-    def __init__(self, args: Any, kwargs: Any, cpu: Tensor, cuda: Tensor | None, cast: tuple[Any, ...]) -> None:
-        self.args, self.kwargs, self.cpu, self.cuda, self.cast = args, kwargs, cpu, cuda, cast
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        kind = next(model.parameters()).device.type
+        self.args, self.kwargs, self.cpu = args, kwargs, torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self.cast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.outputs: list[Tensor] = []
+
+    def gave(self, out: Any) -> None:
+        self.outputs = _leaves(out)
+        self.nodes, self.versions = {t.grad_fn for t in self.outputs}, [t._version for t in self.outputs]
+        for t in self.outputs:
+            t.retain_grad()
 
     def again(self, model: nn.Module) -> list[Tensor]:
         with torch.random.fork_rng(), torch.enable_grad(), torch.autocast(*self.cast):
             torch.set_rng_state(self.cpu)
             if self.cuda is not None:
                 torch.cuda.set_rng_state(self.cuda)
-            return _leaves(model(*self.args, **self.kwargs))
+            found = _leaves(model(*self.args, **self.kwargs))
+        for t, before in zip(found, self.outputs, strict=True):
+            top = float(before.detach().abs().max()) if before.numel() else 0.0
+            off = float((t.detach() - before.detach()).abs().max()) if t.numel() else 0.0
+            if not off <= 1e3 * torch.finfo(t.dtype).eps * top:
+                raise hookjac.HookjacError(
+                    f"the model, called twice on the same batch and random numbers, gave outputs that differ by "
+                    f"{off:.1e}: it keeps a state between calls. Use `with optimizer.block():` and step()."
+                )
+        return found
+
+
+@contextlib.contextmanager
+def noting(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
+    """While it lasts, calls of the model under gradients are noted."""
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            calls.append(_Call(module, args, kwargs))
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        if torch.is_grad_enabled() and calls:
+            calls[-1].gave(out)
+
+    hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _leaves(out: Any) -> list[Tensor]:
