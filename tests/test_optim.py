@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import math
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -339,6 +340,113 @@ def test_private_refuses() -> None:
     assert not model._forward_pre_hooks
 
 
+def one_step(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], passes: int, **more: Any) -> Tensor:
+    """What a step releases without noise: the clipped sum [P]."""
+    optimizer = optim.DPSGD(model, batch_size=1, noise=0.0, lr=0.0, loss_reduction="sum", **more)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model(x))
+        value.backward()
+        return value
+
+    if passes == 2:
+        optimizer.step(closure)
+    else:
+        with optimizer.block():
+            closure()
+        optimizer.step()
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_one_sample_can_do_is_bounded(passes: int) -> None:
+    """The released sum with and without each sample differs by the bound at most, and by nearly that for some."""
+    model, x, y = net(), 3 * torch.randn(8, D), torch.randint(C, (8,))
+    whole = one_step(model, x, lambda out: 20 * F.cross_entropy(out, y, reduction="sum"), passes, clip=0.5)
+    moved = []
+    for n in range(8):
+        rest = [k for k in range(8) if k != n]
+        left = one_step(model, x[rest], lambda out, r=rest: 20 * F.cross_entropy(out, y[r], reduction="sum"),
+                        passes, clip=0.5)  # type: ignore[misc] # fmt: skip
+        moved.append(float((whole - left).norm()))
+    assert max(moved) == pytest.approx(0.5)
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+@pytest.mark.parametrize("late", ["penalty", "in place", "state", "detached"])
+def test_private_refuses_at_a_later_step_too(late: str) -> None:
+    model: Any = Counting(D, C) if late == "state" else nn.Linear(D, C)
+    x, y = torch.randn(N, D), Y
+    optimizer = optim.DPSGD(model, batch_size=N, independent=True)
+    odd = False
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        out = model(x)
+        if odd and late == "in place":
+            out *= 3
+        loss = F.cross_entropy(out, y)
+        if odd and late == "penalty":
+            loss = loss + 0.1 * model.weight.square().sum()
+        loss.backward()
+        return loss.detach() if odd and late == "detached" else loss
+
+    if late != "state":
+        optimizer.step(closure)
+    odd, before = True, vector(model)
+    says = {"penalty": "'weight' past the model's outputs", "in place": "changed in place",
+            "state": "keeps a state between calls", "detached": "return the loss itself"}[late]  # fmt: skip
+    with pytest.raises(HookjacError, match=says):
+        optimizer.step(closure)
+    assert torch.equal(vector(model), before)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_private_refuses_a_model_that_mixes_samples(passes: int) -> None:
+    model, x = Fn(lambda m, x: m.a(x - x.mean(0)), a=nn.Linear(D, C)), torch.randn(N, D)
+    with pytest.raises(HookjacError, match="the model mixes samples"):
+        one_step(model, x, lambda out: F.cross_entropy(out, Y), passes)
+    one_step(model, x, lambda out: F.cross_entropy(out, Y), passes, independent=True)
+    assert not model._forward_pre_hooks
+
+
+def test_private_noises_what_no_sample_reached() -> None:
+    model = Fn(lambda m, x: m.a(x), a=nn.Linear(D, C), b=nn.Linear(2, 2))
+    optimizer = optim.DPSGD(model, batch_size=N, noise=1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step(work(model, torch.randn(N, D), optimizer))
+    for name, p in model.named_parameters():
+        assert bool((p != before[name]).all()), name
+
+
+@pytest.mark.parametrize("name", ["DPSGD", "GaussNewton", "NaturalGradient"])
+def test_two_backwards_are_refused_where_a_step_is_of_one(name: str) -> None:
+    model, x = net(), torch.randn(N, D)
+    optimizer = MAKE[name](model)
+    for _ in range(2):
+        with optimizer.block():
+            F.cross_entropy(model(x), Y).backward()
+    before = vector(model)
+    with pytest.raises(HookjacError, match="there were 2 since the last"):
+        optimizer.step()
+    assert torch.equal(vector(model), before)
+    with optimizer.block():
+        F.cross_entropy(model(x), Y).backward()
+    optimizer.zero_grad()  # thrown away
+    with optimizer.block():
+        F.cross_entropy(model(x), Y).backward()
+    optimizer.step()
+    assert not torch.equal(vector(model), before)
+
+
 # Levenberg and Marquardt ----------------------------------------------------------------------------------------
 
 
@@ -384,6 +492,64 @@ def test_adapting_needs_a_closure() -> None:
         F.cross_entropy(model(x), Y).backward()
     with pytest.raises(HookjacError, match=r"optimizer\.step\(closure\)"):
         optimizer.step()
+
+
+def test_a_loss_that_bends_down() -> None:
+    """No product helps; then the step is the gradient's, and damping does not fall while nothing moves."""
+    model, x = net(), torch.randn(N, D)
+    optimizer = optim.NaturalGradient(model, damping=1e-3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).cos().mean()
+        loss.backward()
+        return loss
+
+    first = closure().item()
+    for _ in range(40):
+        optimizer.step(closure)
+    assert closure().item() < first - 0.5
+    model = net()
+    skewed = optim.KFAC(model, fisher="exact", corrected=True, damping=1e-6, lr=1e-3)
+    for _ in range(10):
+        before = vector(model)
+        skewed.zero_grad()
+        with skewed.block():
+            model(x).cos().mean().backward()
+        g = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+        skewed.step()
+        assert float(g @ (vector(model) - before)) < 0 or skewed.param_groups[0]["momentum"] > 0
+
+
+def test_a_trial_that_fails_leaves_the_parameters() -> None:
+    model, x = net(), torch.randn(N, D)
+    for name in ("GaussNewton", "NaturalGradient"):
+        optimizer, calls = MAKE[name](model), [0]
+
+        def closure(optimizer: Any = optimizer, calls: list[int] = calls) -> Tensor:
+            calls[0] += 1
+            if calls[0] == 2:
+                raise KeyboardInterrupt
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), Y)
+            loss.backward()
+            return loss
+
+        before = vector(model)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(closure)
+        assert torch.equal(vector(model), before), name
+        assert not [q for p in model.parameters() for q in vars(p) if not q.startswith("_")]
+
+
+def test_one_damping_for_all_groups() -> None:
+    model, x = net(), torch.randn(N, D)
+    for name in ("GaussNewton", "NaturalGradient"):
+        optimizer = MAKE[name](
+            model, [{"params": model[0].parameters()}, {"params": model[2].parameters(), "damping": 5.0}]
+        )
+        with pytest.raises(HookjacError, match="one damping; its groups have"):
+            optimizer.step(work(model, x, optimizer))
 
 
 # What every optimizer has to do ---------------------------------------------------------------------------------
@@ -451,6 +617,131 @@ def test_block_and_closure_are_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKE)
+def test_copies_and_pickles(name: str) -> None:
+    model, x = net(), torch.randn(N, D)
+    optimizer = MAKE[name](model)
+    for _ in range(2):
+        optimizer.step(work(model, x, optimizer))
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        other = copy.deepcopy(model)
+        twin.model.load_state_dict(other.state_dict())
+        mine = MAKE[name](other)
+        mine.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for _ in range(2):
+            twin.step(work(twin.model, x, twin))
+            mine.step(work(other, x, mine))
+        assert torch.equal(vector(twin.model), vector(other)), name
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_after_an_error_in_the_block(name: str) -> None:
+    model, x = net(), torch.randn(N, D)
+    optimizer = MAKE[name](model)
+    with pytest.raises(RuntimeError, match="boom"), optimizer.block():
+        F.cross_entropy(model(x), Y).backward()
+        raise RuntimeError("boom")
+    before = vector(model)
+    with pytest.raises(HookjacError, match="no backward of its own"):
+        optimizer.step()
+    assert torch.equal(vector(model), before)
+    assert not [q for p in model.parameters() for q in vars(p) if not q.startswith("_")]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_what_is_not_finite_moves_nothing(name: str) -> None:
+    model, x = net(), torch.randn(N, D)
+    optimizer = MAKE[name](model)
+    optimizer.step(work(model, x, optimizer))
+    before, bad = vector(model), x.clone()
+    bad[1, 2] = math.nan
+    with pytest.raises(HookjacError, match="not finite"):
+        optimizer.step(work(model, bad, optimizer))
+    assert torch.equal(vector(model), before)
+    for _ in range(3):
+        optimizer.step(work(model, x, optimizer))
+    assert bool(vector(model).isfinite().all())
+
+
+@pytest.mark.parametrize("name", [n for n in MAKE if n != "KFAC adapting"])
+def test_a_scaler_is_refused(name: str) -> None:
+    model, x = net().float(), torch.randn(N, D).float()
+    optimizer, scaler = MAKE[name](model), torch.amp.GradScaler("cpu")
+    before = vector(model)
+    with optimizer.block():
+        scaler.scale(F.cross_entropy(model(x), Y)).backward()
+    with pytest.raises(HookjacError, match="GradScaler"):
+        scaler.step(optimizer)
+    assert torch.equal(vector(model), before)
+    optimizer.zero_grad()
+    with optimizer.block():
+        F.cross_entropy(model(x), Y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_outputs_of_several_tensors(name: str) -> None:
+    model, x = (
+        Fn(lambda m, x: {"h": m.a(x), "logits": m.b(torch.tanh(m.a(x)))}, a=nn.Linear(D, 4), b=nn.Linear(4, C)),
+        torch.randn(N, D),
+    )
+    twin = copy.deepcopy(nn.Sequential(model.a, nn.Tanh(), model.b))
+    first, second = MAKE[name](model, output="logits"), MAKE[name](twin)
+
+    def closure() -> Tensor:
+        first.zero_grad()
+        loss = F.cross_entropy(model(x)["logits"], Y)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        first.step(closure)
+        second.step(work(twin, x, second))
+    close(vector(model), vector(twin), name, 1e-8)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_groups_that_come_later(name: str) -> None:
+    model, x = net(), torch.randn(N, D)
+    optimizer = MAKE[name](model, model[0].parameters())
+    optimizer.step(work(model, x, optimizer))
+    before = model[2].weight.detach().clone()
+    optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.step(work(model, x, optimizer))
+    assert not torch.equal(model[2].weight, before)
+    for group, says in (({"params": [nn.Parameter(torch.ones(2))]}, "not one of its model's"),):
+        with pytest.raises(ValueError, match=says):
+            optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 2
+    model[2].weight.requires_grad_(False)
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    before = model[2].weight.detach().clone()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = F.cross_entropy(model(x), Y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.equal(model[2].weight, before)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_closures_and_tables_of_the_wrong_kind(name: str) -> None:
+    model, x = net(), torch.randn(N, D)
+    optimizer = MAKE[name](model)
+    before = vector(model)
+    with pytest.raises(TypeError, match="should return the loss, got float"):
+        optimizer.step(lambda: work(model, x, optimizer)().item())  # type: ignore[arg-type, return-value]
+    assert torch.equal(vector(model), before)
+    sparse: Any = Fn(lambda m, i: m.o(m.t(i).mean(1)), t=nn.Embedding(5, 3, sparse=True), o=nn.Linear(3, C))
+    ids = torch.randint(5, (N, 2))
+    with pytest.raises(HookjacError, match=r"the gradient of 't.weight' is sparse"):
+        over = MAKE[name](sparse)
+        over.step(work(sparse, ids, over))
+
+
+@pytest.mark.parametrize("name", MAKE)
 def test_misuse(name: str) -> None:
     model, x = net(), torch.randn(N, D)
     with pytest.raises(TypeError, match="expects the model first, got generator"):
@@ -493,6 +784,10 @@ def test_misuse(name: str) -> None:
     (lambda m: optim.GaussNewton(m, damping=0.0), "damping and least_damping must be positive"),
     (lambda m: optim.GaussNewton(m, tries=0), "tries must be positive"),
     (lambda m: optim.NaturalGradient(m, iterations=0), "iterations must be positive"),
+    (lambda m: optim.NaturalGradient(m, damping=0.0), "damping and least_damping must be positive"),
+    (lambda m: optim.DiagonalNewton(m, damping=0.0), "damping must be positive"),
+    (lambda m: optim.KFAC(m, [{"params": m.parameters(), "lr": -1.0}]), "lr must be a number"),
+    (lambda m: optim.DPSGD(m, batch_size=4, noise=math.inf), "noise must be a number"),
     (lambda m: optim.DPSGD(m, batch_size=4, clip=0.0), "clip and batch_size must be positive"),
     (lambda m: optim.DPSGD(m, batch_size=4, loss_reduction="none"), "'mean' or 'sum', got 'none'"),
 ])  # fmt: skip
