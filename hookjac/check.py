@@ -5,8 +5,11 @@ N samples · C entries of one sample's output · k one entry of a parameter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,16 +39,19 @@ def check(
         print(hookjac.check(model, x, lambda out: F.cross_entropy(out, y)))
 
     A copy is made of the model, cast to float64 as are floating inputs; yours is not touched. inputs: a tensor, a tuple
-    of arguments, or a dict of them. loss_fn: of what the model returns. quantities: grad_sample, jac and hess_diag, if
-    none are named. output: as for `extend`.
+    of arguments, or a dict of them. loss_fn: of what the model returns; what it uses besides must be float64 or
+    integers, and a penalty in it on the parameters of your model is not one on the copy's. quantities: grad_sample, jac
+    and hess_diag, if none are named. output: as for `extend`.
 
     What is sampled is exact: entry k of the Jacobian by one product with its unit vector, which with the loss's slope
     and Hessian in the outputs also gives entry k of per-sample gradients, their squares and variance, and of the
-    Gauss-Newton diagonal; a row of the Hessian by a second backward; a sample's norm by its own backward. kfac is held
-    to its definition only by the library's own tests and is refused here, as are random estimates.
+    Gauss-Newton diagonal; a row of the Hessian by a second backward; a sample's norm by its own backward. Half of the
+    entries are drawn where the gradient is not zero. kfac is held to its definition only by the library's own tests and
+    is refused here, as are random estimates.
 
     Returns a `Report`: parameter, quantity, road, largest error relative to the largest entry seen, verdict. `fine`
-    tells whether all errors are below `rtol`. Cost: some backwards for each entry.
+    tells whether all errors are below `rtol`; a model that rounds to float32 inside needs one of 1e-5. Cost: some
+    backwards for each entry.
     """
     for q in quantities:
         if not isinstance(q, str):
@@ -57,17 +63,47 @@ def check(
         raise ValueError(f"entries must be positive, got {entries}")
     twin = _copied(model)
     args, kwargs = _arguments(inputs)
-    truth = _Truth(twin, lambda: twin(*args, **kwargs), loss_fn, output)
-    with extend(twin, *asked, output=output) as ext:
-        loss_fn(truth.call()).backward()
+    devices = sorted({p.device.index for p in twin.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices), _in_our_words():
+        truth = _Truth(twin, lambda: twin(*args, **kwargs), loss_fn, output)
+        with extend(twin, *asked, output=output) as ext:
+            out = truth.call()
+            loss_fn(out).backward()
+    again, before = select(out, output).detach(), truth.output.detach()
+    if not torch.allclose(again, before, rtol=1e-12, atol=1e-12, equal_nan=True):
+        raise HookjacError(
+            "the model, called twice on the same inputs and random numbers, gave outputs that differ by "
+            f"{float((again - before).abs().max()):.1e}: it keeps a state between calls. Put that back in its forward."
+        )
     told, rows = ext.explain().to_dict(), []
     draw = torch.Generator().manual_seed(seed)
     for name, p in trainable(twin).items():
-        picks = torch.randperm(p.numel(), generator=draw)[:entries].tolist()
+        picks = _picks(p, entries, draw)
         for q in asked:
             road = told[name]["hessian"] if q.startswith("hess") and told[name]["hessian"] else told[name]["road"]
             rows.append(_row(name, q, road, told[name]["why"], _CHECKS[q](truth, p, getattr(p, q), picks), rtol))
     return Report(rows)
+
+
+def _picks(p: Tensor, entries: int, draw: torch.Generator) -> list[int]:
+    """Entries of a parameter; half of them where its gradient is not zero, if there are such."""
+    live = torch.zeros(0, dtype=torch.long) if p.grad is None else p.grad.reshape(-1).cpu().nonzero().flatten()
+    first = live[torch.randperm(len(live), generator=draw)[: -(-entries // 2)]].tolist()
+    rest = [k for k in torch.randperm(p.numel(), generator=draw)[: 2 * entries].tolist() if k not in first]
+    return (first + rest)[:entries]
+
+
+@contextlib.contextmanager
+def _in_our_words() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, HookjacError) or not re.search("scalar type|same dtype|dtype", str(error)):
+            raise
+        raise HookjacError(
+            f"check runs the model and the loss in float64, and something in them is of another type ({error}). Make "
+            "tensors of float32 buffers of the model, or cast them to the type of what they meet."
+        ) from error
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -96,7 +132,11 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 class _Truth:
-    """The model and its loss as plain autograd has them, each call on the same random numbers."""
+    """The model and its loss as plain autograd has them, each call on the same random numbers.
+
+    The loss is looked at as a function of everything that the model returns for each sample: `heads`, which are copies
+    that it hangs on; where it hangs on something else that the model returns (a loss of its own), of `output` alone.
+    """
 
     def __init__(
         self, model: nn.Module, run: Callable[[], Any], loss_fn: Callable[[Any], Tensor], output: Select
@@ -104,11 +144,26 @@ class _Truth:
         self._run, self._state = run, torch.get_rng_state()
         with twice_differentiable():
             whole = self.call()
-        self.output = select(whole, output)
-        self.loss = loss_fn(whole)
-        self.slope = grad(self.loss, self.output)  # [N, *out], differentiable
-        # the cotangents u of the output: J v = d (Jᵀ u) / du . v
-        self.cotangents = torch.zeros_like(self.output).requires_grad_()
+        self.output, self.loss = select(whole, output), loss_fn(whole)
+        if not self.output.dim() or not len(self.output):
+            raise HookjacError(f"check needs a sample at least; the model gave an output {list(self.output.shape)}")
+        leaves, spec = pytree.tree_flatten(whole)
+        rows = [k for k, t in enumerate(leaves) if self._a_row_a_sample(t)]
+        others = [t for k, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad and k not in rows]
+        free = [t.detach().requires_grad_() if k in rows else t for k, t in enumerate(leaves)]
+        apart = loss_fn(pytree.tree_unflatten(free, spec))
+        if any(bool(grad(apart, t).any()) for t in others) or not any(leaves[k] is self.output for k in rows):
+            self._outputs, self._heads, self._apart = [self.output], [self.output], self.loss
+            self._subtract = True
+        else:
+            self._outputs, self._heads, self._apart = [leaves[k] for k in rows], [free[k] for k in rows], apart
+            self._subtract = False
+        self._slopes = [grad(self._apart, t) for t in self._heads]  # differentiable
+        # the cotangents u of the outputs: J v = d (Jᵀ u) / du . v
+        self._cotangents = [torch.zeros_like(t).requires_grad_() for t in self._outputs]
+
+    def _a_row_a_sample(self, t: Any) -> bool:
+        return isinstance(t, Tensor) and t.requires_grad and t.dim() > 0 and len(t) == len(self.output)
 
     def call(self) -> Any:
         torch.set_rng_state(self._state)
@@ -118,36 +173,56 @@ class _Truth:
     def N(self) -> int:
         return len(self.output)
 
+    def _pulled(self, p: Tensor, seeds: Sequence[Tensor]) -> Tensor:
+        """[*p]: Jᵀ of cotangents of all outputs."""
+        return sum((grad(t, p, u) for t, u in zip(self._outputs, seeds, strict=True)), torch.zeros_like(p))
+
+    def _columns(self, p: Tensor, k: int) -> list[Tensor]:
+        pulled = self._pulled(p, self._cotangents).reshape(-1)[k]
+        return [grad(pulled, u).detach() for u in self._cotangents]
+
     def column(self, p: Tensor, k: int) -> Tensor:
         """[N, *out]: d output / d entry k."""
-        pulled = grad(self.output, p, self.cotangents).reshape(-1)[k]
-        return grad(pulled, self.cotangents).detach()
+        at = next(j for j, t in enumerate(self._outputs) if t is self.output)
+        return self._columns(p, k)[at]
 
-    def share(self, p: Tensor, k: int) -> Tensor:
-        """What comes to entry k past the outputs (a penalty), a sample's share of it."""
-        through = grad(self.output, p, self.slope).reshape(-1)[k]
-        return ((grad(self.loss, p).reshape(-1)[k] - through) / self.N).detach()
+    def _past(self, p: Tensor) -> Tensor:
+        """[*p]: what comes to a parameter past the outputs (a penalty), differentiable."""
+        direct = grad(self._apart, p)
+        return direct - self._pulled(p, self._slopes) if self._subtract else direct
+
+    def _inner(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:  # -> [N]
+        return sum(((s * t).detach().reshape(self.N, -1).sum(1) for s, t in zip(a, b, strict=True)), torch.zeros(()))
 
     def each(self, p: Tensor, k: int) -> Tensor:
         """[N]: entry k of every sample's gradient."""
-        return (self.slope * self.column(p, k)).detach().reshape(self.N, -1).sum(1) + self.share(p, k)
+        return self._inner(self._slopes, self._columns(p, k)) + self._past(p).reshape(-1)[k].detach() / self.N
 
     def of_sample(self, p: Tensor, n: int) -> Tensor:
         """[P]: the whole gradient of one sample."""
-        only = torch.zeros_like(self.slope)
-        only[n] = self.slope[n].detach()
-        through = grad(self.output, p, self.slope.detach())
-        return (grad(self.output, p, only) + (grad(self.loss, p) - through) / self.N).reshape(-1).detach()
+        only = [torch.zeros_like(s) for s in self._slopes]
+        for into, s in zip(only, self._slopes, strict=True):
+            into[n] = s[n].detach()
+        return (self._pulled(p, only) + self._past(p) / self.N).reshape(-1).detach()
+
+    def _bent(self, columns: Sequence[Tensor]) -> list[Tensor]:
+        """The loss's Hessian in the outputs, times columns."""
+        pairs = list(zip(self._slopes, columns, strict=True))
+        return [sum((grad(s, t, c) for s, c in pairs), torch.zeros_like(t)) for t in self._heads]
 
     def curved(self, p: Tensor, k: int) -> Tensor:
         """[N]: what each sample adds to entry k of the Gauss-Newton diagonal, but for penalties."""
-        column = self.column(p, k)
-        return (column * grad(self.slope, self.output, column)).detach().reshape(self.N, -1).sum(1)
+        columns = self._columns(p, k)
+        return self._inner(columns, self._bent(columns))
 
     def penalty(self, p: Tensor, k: int) -> Tensor:
         """What a penalty adds to entry k of the curvature's diagonal."""
-        past = grad(self.loss, p) - grad(self.output, p, self.slope)
-        return grad(past.reshape(-1)[k], p).reshape(-1)[k].detach()
+        return grad(self._past(p).reshape(-1)[k], p).reshape(-1)[k].detach()
+
+    def gauss_newton_row(self, p: Tensor, k: int) -> Tensor:
+        """[P]: a row of the Gauss-Newton matrix's block."""
+        through = self._pulled(p, self._bent(self._columns(p, k)))
+        return (through + grad(self._past(p).reshape(-1)[k], p)).reshape(-1).detach()
 
     def row(self, p: Tensor, k: int) -> Tensor:
         """[P]: a row of the Hessian's block."""
@@ -192,16 +267,6 @@ def _products(row: Callable[[_Truth, Tensor, int], Tensor]) -> Callable[[_Truth,
     return compare
 
 
-def _gauss_newton_row(truth: _Truth, p: Tensor, k: int) -> Tensor:
-    bent = grad(truth.slope, truth.output, truth.column(p, k))
-    past = grad(truth.loss, p) - grad(truth.output, p, truth.slope)
-    return (grad(truth.output, p, bent) + grad(past.reshape(-1)[k], p)).reshape(-1).detach()
-
-
-def _hessian_row(truth: _Truth, p: Tensor, k: int) -> Tensor:
-    return truth.row(p, k)
-
-
 def _by_entry(right: Callable[[_Truth, Tensor, int], Tensor], lead: int) -> Callable[..., Pairs]:
     """Of results [*lead, *p]."""
     return lambda truth, p, found, picks: [
@@ -225,15 +290,19 @@ _CHECKS: dict[str, Callable[[_Truth, Any, Any, list[int]], Pairs]] = {
     "ntk": _kernel,
     "ggn_diag": _by_entry(lambda t, p, k: t.curved(p, k).sum() + t.penalty(p, k), 0),
     "ggn_diag_sample": _by_entry(lambda t, p, k: t.curved(p, k) + t.penalty(p, k) / t.N, 1),
-    "ggn_block": lambda t, p, found, picks: [(found[k], _gauss_newton_row(t, p, k)) for k in picks],
-    "ggn_mp": _products(_gauss_newton_row),
+    "ggn_block": lambda t, p, found, picks: [(found[k], t.gauss_newton_row(p, k)) for k in picks],
+    "ggn_mp": _products(_Truth.gauss_newton_row),
     "hess_diag": _by_entry(lambda t, p, k: t.row(p, k)[k], 0),
     "hess_block": lambda t, p, found, picks: [(found[k], t.row(p, k)) for k in picks],
-    "hess_mp": _products(_hessian_row),
+    "hess_mp": _products(_Truth.row),
 }
 
 
 def _row(name: str, q: str, road: str, why: str, pairs: Pairs, rtol: float) -> Checked:
-    top = max((float(right.abs().max()) for _, right in pairs if right.numel()), default=0.0)
-    off = max((float((found - right).abs().max()) for found, right in pairs if right.numel()), default=0.0)
+    both = [(found.detach().reshape(-1), right.reshape(-1)) for found, right in pairs]
+    found, right = (torch.cat([pair[k] for pair in both]) if both else torch.zeros(0) for k in (0, 1))
+    top = float(right.abs().max()) if len(right) else 0.0
+    off = float((found - right).abs().max()) if len(right) else 0.0  # NaN, if there is one
+    if not math.isfinite(top):
+        return Checked(name, q, road, why, math.nan, False)
     return Checked(name, q, road, why, off / top if top else off, off <= rtol * top + 1e-13)

@@ -63,6 +63,9 @@ def cut(plan: Plan) -> tuple[list[Edge], list[str]]:
             found.append(edge)
         else:
             stack += [after for after in route.after[key] if after is not None]
+            call = route.calls.get(key)  # its parameters are no leaves of the route
+            its = {} if call is None else call.params
+            bare += [plan.names[id(p)] for p in its.values() if id(p) in plan.names]
     return sorted(found, key=lambda e: not ((m := route.mark(e)) and m.selected)), bare
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import hookjac
 from hookjac import HookjacError
-from hookjac.check import _CHECKS
+from hookjac.check import _CHECKS, _row
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = [c for c in CASES if c.oracle is None and c.name not in ("pruned", "Embedding by frequency")]
@@ -78,15 +79,18 @@ def test_penalties(quantity: str) -> None:
 
 def test_the_users_model_is_left_alone() -> None:
     model = nn.Linear(D, C).float()
+    dropping = nn.Sequential(nn.Linear(D, C), nn.Dropout(0.5))
     before = copy.deepcopy(model.state_dict())
+    x = torch.randn(N, D).float()
     state = torch.get_rng_state()
-    report = hookjac.check(model, torch.randn(N, D).float(), lambda out: out.square().sum())
+    report = hookjac.check(model, x, lambda out: out.square().sum())
     assert report.fine
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert model.weight.dtype == torch.float32
     assert model.weight.grad is None
     assert not [key for key in vars(model.weight) if not key.startswith("_")]
-    torch.set_rng_state(state)
+    hookjac.check(dropping, x, lambda out: out.square().sum())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +106,73 @@ def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0 < r.error < 1e-3 for r in report.rows if (r.parameter, r.quantity) == ("weight", "grad_sample"))
 
 
+class TwoHeads(nn.Module):
+    """Both are in the loss, and the second is made of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, 4), nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.a(x))
+        return {"h": h, "logits": self.b(h)}
+
+
+class OwnLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(D, C)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = self.a(x)
+        return {"logits": out, "loss": out.square().mean()}
+
+
+@pytest.mark.parametrize("picked", ["h", "logits"])
+def test_several_outputs(picked: str) -> None:
+    model, x = TwoHeads(), torch.randn(N, D)
+
+    def loss(out: dict[str, Tensor]) -> Tensor:
+        return random_loss(out["h"]) + random_loss(out["logits"])
+
+    asked = [q for q in _CHECKS if q not in ("grad_sample_gram", "ntk") and (picked == "logits" or "ggn" not in q)]
+    report = hookjac.check(model, x, loss, *asked, output=picked)
+    assert report.fine, report
+    if picked == "h":
+        with pytest.raises(HookjacError, match=r"ggn_diag: the loss depends on parameter 'b\.\w+' by a way"):
+            hookjac.check(model, x, loss, "ggn_diag", output="h")
+
+
+def test_a_loss_of_the_models_own() -> None:
+    report = hookjac.check(OwnLoss(), torch.randn(N, D), lambda o: o["loss"], *_CHECKS, output="logits")
+    assert report.fine, report
+
+
+def test_what_is_not_finite_is_not_fine() -> None:
+    nan, one = torch.tensor(math.nan), torch.tensor(1.0)
+    for pairs in ([(one, one), (nan, one), (one, one)], [(one, torch.tensor(math.inf))], [(one, nan)], [(nan, nan)]):
+        assert not _row("w", "hess_diag", "rule", "", pairs, 1e-8).fine
+    assert _row("w", "hess_diag", "rule", "", [(one, one)], 1e-8).fine
+
+
+def test_entries_are_drawn_where_something_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Embedding(20000, 3), nn.Flatten(), nn.Linear(6, C))
+    report = hookjac.check(model, torch.randint(20000, (N, 2)), random_loss, "grad_sample", entries=4)
+    assert report.fine
+    real = hookjac.factor.Lookup.dense
+    monkeypatch.setattr(hookjac.factor.Lookup, "dense", lambda self: real(self) * 1.001)
+    report = hookjac.check(model, torch.randint(20000, (N, 2)), random_loss, "grad_sample", entries=4)
+    assert [r.fine for r in report.rows if r.parameter == "0.weight"] == [False]
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
 def test_misuse() -> None:
     model, x = nn.Linear(D, C), torch.randn(N, D)
     with pytest.raises(ValueError, match=r"no entry-by-entry definition of 'kfac'. It knows grad_sample, "):
@@ -112,6 +183,13 @@ def test_misuse() -> None:
     for name, message in (("pruned", "cannot be copied"), ("Embedding by frequency", "forget the scale")):
         with pytest.raises(HookjacError, match=message):
             hookjac.check(cases[name].build(), cases[name].inputs(), random_loss)
+    with pytest.raises(HookjacError, match="keeps a state between calls"):
+        hookjac.check(Counting(D, C), x, random_loss)
+    weight = torch.ones(C, dtype=torch.float32)
+    with pytest.raises(HookjacError, match="float64, and something in them is of another type"):
+        hookjac.check(model, x, lambda out: F.cross_entropy(out, torch.zeros(N, dtype=torch.long), weight=weight))
+    with pytest.raises(HookjacError, match=r"a sample at least; the model gave an output \[0, 3\]"):
+        hookjac.check(model, x[:0], random_loss)
     with pytest.raises(ValueError, match="entries must be positive, got 0"):
         hookjac.check(model, x, random_loss, entries=0)
 
