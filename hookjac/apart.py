@@ -21,21 +21,29 @@ from hookjac.errors import HookjacError
 from hookjac.samples import agree
 from hookjac.tape import Select, select
 
-_TRIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# model -> what it was when it was tried: which modules, in training or not, and which output
+_TRIED: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def _state(model: nn.Module, output: Select) -> Any:
+    return tuple((id(m), m.training) for m in model.modules()), output if isinstance(output, (str, int)) else id(output)
 
 
 def watch(model: nn.Module, output: Select) -> RemovableHandle | None:
-    """Try it at the next call that can tell, before the call, once for each model; until the handle is removed.
+    """Try it at the next call that can tell, before the call, once for each state of the model; until the handle is
+    removed.
 
     It takes three forwards, with random state and buffers put back after each. Nothing is learnt from one sample, or
     from equal ones: then the next call is tried.
     """
-    if model in _TRIED:
+    if _state(model, output) in _TRIED.get(model, ()):
         return None
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and module not in _TRIED and _apart(module, args, kwargs, output):
-            _TRIED.add(module)
+        tried = _TRIED.setdefault(module, set())
+        state = _state(module, output)
+        if torch.is_grad_enabled() and state not in tried and _apart(module, args, kwargs, output):
+            tried.add(state)
 
     return model.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -72,12 +80,15 @@ def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 def _run(model: nn.Module, given: list[Any], spec: Any, output: Select) -> Tensor:
     """[N, *out]: what the model gives, as if it had not been called."""
     buffers = [(b, b.clone()) for b in model.buffers()]
+    places = [(m, dict(m._buffers)) for m in model.modules()]  # a forward may put others in their place
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     args, kwargs = tree_unflatten([t.clone() if isinstance(t, Tensor) else t for t in given], spec)
     try:
         with torch.random.fork_rng(devices), torch.enable_grad():  # `select` looks for what requires grad
             return select(model.forward(*args, **kwargs), output).detach()
     finally:
+        for m, its in places:
+            m._buffers.update(its)
         with torch.no_grad():
             for b, before in buffers:
                 b.copy_(before)

@@ -38,7 +38,7 @@ class extend:
         on the Jacobian, a loss of gradient norms). For quantities of the gradient and the Jacobian. The graph of the
         backward stays alive until you `del` the results; autograd's nodes do the work of module rules.
     after: called at the end of every backward with the parameters that have results, by name: to move, log or sum them
-        before the next backward replaces them.
+        before the next backward replaces them. With group=, it sees what stays on the rank.
     group: a `torch.distributed` process group, or "world". What adds up (diagonals, blocks, factors, sums) is then of
         the loss of all ranks' samples together, the same on every rank. The ranks add up as the block closes, in one
         exchange: all of them open it and close it, a rank without data with nothing inside. What belongs to single
@@ -120,6 +120,9 @@ class extend:
                     f"parameter {name!r} is complex ({p.dtype}): its Jacobian and Hessian depend on a convention that "
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
+        for q in self.quantities:
+            if q.opens is not None:
+                q.opens(params)
         self._shards = shards(members.modules)
         if self._shards:
             self._demand_sharded()

@@ -99,7 +99,8 @@ class Kronecker:
 
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
         """Factor by factor: self + weight (other - self), what a moving average does with every new batch."""
-        if (self.shape, self.swapped, self.A is None) != (other.shape, other.swapped, other.A is None):
+        forms = [(k.shape, k.swapped, None if k.A is None else k.A.shape, k.B.shape) for k in (self, other)]
+        if forms[0] != forms[1]:
             raise ValueError(f"lerp of Kronecker products of different forms: {self} and {other}")
         A = None if self.A is None or other.A is None else torch.lerp(self.A, other.A, weight)
         return replace(self, A=A, B=torch.lerp(self.B, other.B, weight))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hookjac import files
 from hookjac.errors import HookjacError
 from hookjac.quantity import names
+from hookjac.sharded import like
 from hookjac.structured import JacTensor
 
 Parameters = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -148,7 +149,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Result
         for name, p in params.items():
             vars(p).pop(q, None)
             if name in results:
-                setattr(p, q, results[name])
+                setattr(p, q, like(results[name], p))
     if "samples" in about:
         return Accumulated(found, parameters, about["samples"], about["batches"])
     return Results(found, parameters)

@@ -602,12 +602,16 @@ def test_the_launch_line(tmp_path: Path) -> None:
     launch, *words = snippet("launch", "sh").split()
     assert launch == "torchrun"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        lines = re.findall(r"rank (\d), step (\d): (\d+) norms, variance (\d+\.\d{6})", done.stdout)
+        # gloo, hookjac or not, aborts at the very end of about every tenth run of DistributedDataParallel (torch 2.13)
+        if done.returncode == 0 or len(lines) < 6 or "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
-    lines = re.findall(r"rank (\d), step (\d): (\d+) norms, variance (\d+\.\d{6})", done.stdout)
     assert sorted((rank, step, norms) for rank, step, norms, _ in lines) == [
         (rank, str(step), norms) for rank, norms in (("0", "40"), ("1", "20")) for step in range(3)
     ]

@@ -419,6 +419,43 @@ def test_corrected_in_a_basis_that_is_given(name: str) -> None:
     assert weight.kfac.Q_B is bases[weight].Q_B
 
 
+def test_bases_that_do_not_fit() -> None:
+    model, x = net(), torch.randn(N, D)
+    with extend(model, KFAC(fisher="exact")):
+        cross_entropy(model(x)).backward()
+    first, second = (p.kfac.eigen() for p in (model[0].weight, model[2].weight))  # type: ignore[index]
+    wanted = {"0.weight": first, model[2].weight: second}  # type: ignore[index]
+    with extend(model, KFAC(fisher="exact", corrected=wanted)):
+        cross_entropy(model(x)).backward()
+    assert model[0].weight.kfac.Q_B is first.Q_B  # type: ignore[index]
+    assert model[2].weight.kfac.Q_B is second.Q_B  # type: ignore[index]
+    late: dict[Any, Any] = {}
+    asked = KFAC(fisher="exact", corrected=late)
+    late["0.weight"] = first
+    with extend(model, asked):
+        cross_entropy(model(x)).backward()
+    assert model[0].weight.kfac.Q_B is first.Q_B  # type: ignore[index]
+    for given, kind, says in (
+        ({net()[0].weight: first}, HookjacError, r"a basis for a tensor \[4, 5\], which is no trainable parameter"),  # type: ignore[index]
+        ({"0.wieght": first}, HookjacError, "a basis for '0.wieght'"),
+        ({"0.weight": first.source}, TypeError, "wants a KroneckerEigen for '0.weight', got Kronecker"),
+        ({"0.weight": second}, HookjacError, r"'0.weight': the basis that corrected= has for it is of sides"),
+    ):
+        with pytest.raises(kind, match=says), extend(model, KFAC(fisher="exact", corrected=given)):  # type: ignore[arg-type]
+            cross_entropy(model(x)).backward()
+
+
+def test_moving_averages_of_one_form_only() -> None:
+    """A depthwise convolution that a batch does not reach has factors of another form: nothing to average with."""
+    torch.manual_seed(0)
+    a, b = (
+        Kronecker(torch.eye(2).expand(3, 2, 2), torch.ones(3, 1, 1), torch.Size([3, 1, 2])),
+        Kronecker(torch.zeros(2, 2), torch.zeros(3, 3), torch.Size([3, 1, 2])),
+    )
+    with pytest.raises(ValueError, match="of different forms"):
+        a.lerp(b, 0.1)
+
+
 def test_what_has_no_factors() -> None:
     """A large parameter that no rule explains, and a table that is a weight as well under `corrected`."""
     model: Any = Fn(lambda m, x: x @ torch.sinc(m.w) @ torch.ones(80, C), w=par(120, 80))

@@ -741,6 +741,28 @@ def test_closures_and_tables_of_the_wrong_kind(name: str) -> None:
         over.step(work(sparse, ids, over))
 
 
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC"])
+def test_what_some_batches_do_not_reach(name: str) -> None:
+    """A depthwise convolution and a table that the first batch, and every other, leaves out."""
+
+    def forward(m: Any, x: Tensor, on: bool) -> Tensor:
+        h = torch.tanh(m.a(x))
+        return m.o(h + m.c(x[:, None].expand(-1, 3, -1)).sum((1, 2))[:, None] if on else h)
+
+    model: Any = Fn(forward, a=nn.Linear(D, 4), c=nn.Conv1d(3, 3, 2, groups=3), o=nn.Linear(4, C))
+    optimizer, x = MAKE[name](model), torch.randn(N, D)
+    for k in range(24):
+        optimizer.zero_grad(set_to_none=False)
+        with optimizer.block():
+            F.cross_entropy(model(x, k % 2 == 1), Y).backward()
+        before = model.c.weight.detach().clone()
+        optimizer.step()
+        if k == 1:
+            assert not torch.equal(model.c.weight, before)
+    assert bool(vector(model).isfinite().all())
+    assert optimizer.state[model.c.weight]["A"].shape == (3, 2, 2)
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_misuse(name: str) -> None:
     model, x = net(), torch.randn(N, D)

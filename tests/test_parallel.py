@@ -630,6 +630,64 @@ def test_kfac_steps(two: Workers, three: Workers, tied: bool) -> None:
     three(check_kfac_steps, 3, tied)
 
 
+def check_refused_steps(rank: int) -> None:
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    for make in (optim.KFAC, optim.DiagonalNewton, optim.GaussNewton, optim.NaturalGradient):
+        step = make(model)
+        with pytest.raises(HookjacError, match="another step on every rank"), step.block():
+            pass
+    with pytest.raises(HookjacError, match="another step on every rank"), optim.DPSGD(model, batch_size=2).block():
+        pass
+    sharded = nn.Linear(4, 4)
+    fully_shard(sharded)
+    for more in ({}, {"group": "world"}):
+        with pytest.raises(HookjacError, match="under fully_shard"), optim.KFAC(sharded, **more).block():  # type: ignore[arg-type]
+            pass
+
+
+def test_steps_that_ranks_would_not_share(two: Workers) -> None:
+    two(check_refused_steps)
+
+
+def check_a_given_basis(rank: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+    x, y = torch.randn(8, 4), torch.randint(4, (8,))
+    with extend(plain, KFAC(fisher="empirical")):
+        F.cross_entropy(plain(x), y).backward()
+    bases = {name: p.kfac.eigen() for name, p in plain.named_parameters()}
+    with extend(plain, KFAC(fisher="exact", corrected=bases)):
+        F.cross_entropy(plain(x), y).backward()
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded)
+    for given in (bases, {p: bases[name] for name, p in sharded.named_parameters()}):
+        with extend(sharded, KFAC(fisher="exact", corrected=given)):
+            F.cross_entropy(sharded(x), y).backward()
+        for (name, p), q in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+            close(p.kfac.Q_B, bases[name].Q_B, name)
+            close(p.kfac.values, q.kfac.values, name)
+
+
+def test_a_given_basis(two: Workers) -> None:
+    two(check_a_given_basis)
+
+
+def check_names_of_wrappers(rank: int) -> None:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 3)))
+    found = []
+    for one in (model, model.module):
+        with extend(one, "grad_sample_projected"):
+            one(torch.ones(2, 4)).square().sum().backward()
+        found.append([p.grad_sample_projected for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        close(a, b, "the same directions")
+
+
+def test_names_of_wrappers(two: Workers) -> None:
+    two(check_names_of_wrappers)
+
+
 def test_kfac_over_a_group_refuses() -> None:
     for more in ({"corrected": True}, {"adapt_every": 5}):
         with pytest.raises(ValueError, match="over a group"):

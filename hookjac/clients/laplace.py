@@ -60,8 +60,11 @@ class HookjacInterface(CurvatureInterface):  # type: ignore[misc]
         create_graph: bool = False,
     ) -> Iterator[tuple[extend, Tensor]]:
         """The model's output [N, C]; meanwhile the parameters have what was asked for, of the number `head` makes."""
+        ext = extend(self.model, asked, create_graph=create_graph)
+        name = ext.quantities[0].name
+        before = {p: vars(p)[name] for p in self.model.parameters() if name in vars(p)}  # of the user's own
         with torch.inference_mode(False), torch.enable_grad(), _only(self.model, params, freeze=not create_graph):
-            with extend(self.model, asked, create_graph=create_graph) as ext:
+            with ext:
                 f = self.model(_plain(x))
                 if f.dim() != 2:
                     raise HookjacError(
@@ -73,7 +76,9 @@ class HookjacInterface(CurvatureInterface):  # type: ignore[misc]
                 yield ext, f
             finally:
                 for p in params:
-                    vars(p).pop(ext.quantities[0].name, None)
+                    vars(p).pop(name, None)
+                for p, value in before.items():
+                    setattr(p, name, value)
 
     def _chosen(self) -> tuple[list[nn.Parameter], Tensor | None]:
         """The parameters that take part, and, of a subnetwork, the places of its entries among theirs."""

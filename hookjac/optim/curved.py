@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -82,6 +83,7 @@ class Curved(torch.optim.Optimizer):
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
         """Around the forward and the backward of the coming step."""
+        self._demand_one_step()
         asked = self.wanted()
         ext = (
             hookjac.extend(self.model, *asked, output=self.output, after=self._seen, **self.options())
@@ -96,6 +98,18 @@ class Curved(torch.optim.Optimizer):
             self._forget(ext)
             raise
         self.ext = ext
+
+    def _demand_one_step(self) -> None:
+        """Every rank must take the same step."""
+        wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in self.model.modules())
+        if wrapped and not self.options().get("group"):
+            raise hookjac.HookjacError(
+                f"{type(self).__name__} under DistributedDataParallel would take another step on every rank, by that "
+                "rank's curvature. KFAC(model, group='world') adds the ranks up; there is no such form of the others."
+            )
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such model
+        if fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in self.model.modules()):
+            raise hookjac.HookjacError(f"{type(self).__name__} cannot take steps of a model under fully_shard.")
 
     def _seen(self, params: dict[str, nn.Parameter]) -> None:
         assert self._backwards is not None

@@ -76,7 +76,9 @@ class KFAC(Curved):
         return {} if self.group is None else {"group": self.group}
 
     def wanted(self) -> list[hookjac.Quantity]:
-        bases = {p: self._basis(s) for p, s in self.state.items() if "Q_B" in s}
+        bases: dict[Tensor | str, hookjac.KroneckerEigen] = {
+            p: self._basis(s) for p, s in self.state.items() if "Q_B" in s and p.requires_grad
+        }
         factors = hookjac.KFAC(
             fisher=self.fisher, sharing=self.sharing, corrected=bases if self.corrected else False, otherwise="none"
         )
@@ -103,7 +105,8 @@ class KFAC(Curved):
                 move[p] = -step - group["lr"] * group["weight_decay"] * p
             else:
                 self._learn(self.state[p], found)
-                factored.append((group, p))
+                if "B" in self.state[p]:  # else it was never reached, and has no gradient
+                    factored.append((group, p))
         renew = self.param_groups[0]["steps"] % self.inverse_every == 0
         new = [(group, p) for group, p in factored if renew or not {"Q_B", "B_inverse"} & self.state[p].keys()]
         (self._turn if self.corrected else self._invert)(new)
@@ -143,6 +146,8 @@ class KFAC(Curved):
     def _learn(self, state: dict[str, Any], found: Any) -> None:
         """The moving averages of the factors, and of the eigenvalues in the basis that there is."""
         new = found.source if self.corrected else found
+        if not new.rows:  # not reached by this batch: no news of it
+            return
         self.demand_finite(new.A, new.B)
         if "B" not in state:
             state.update(A=new.A, B=new.B, swapped=new.swapped)

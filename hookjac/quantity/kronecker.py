@@ -24,7 +24,7 @@ def KFAC(
     samples: int = 1,
     generator: torch.Generator | None = None,
     sharing: Literal["expand", "reduce"] = "expand",
-    corrected: bool | Mapping[Tensor, KroneckerEigen] = False,
+    corrected: bool | Mapping[Tensor | str, KroneckerEigen] = False,
     otherwise: Literal["refuse", "none"] = "refuse",
     subsample: Samples = None,
 ) -> Quantity:
@@ -42,7 +42,8 @@ def KFAC(
     sharing: where a weight is used at L positions, "expand" takes positions for samples, "reduce" adds them up first
     (Eschenhagen et al. 2023). corrected: `p.kfac` is a `KroneckerEigen` whose eigenvalues are the diagonal of the exact
     curvature in the eigenvectors' basis (EKFAC, George et al. 2018). That basis is the batch's own; or, for parameters
-    in a mapping, the one given there (say, of a moving average of the factors: `p.kfac.source` has this batch's).
+    (or their names) in a mapping, the one given there (say, of a moving average of the factors: `p.kfac.source` has
+    this batch's).
     otherwise: what becomes of a parameter whose curvature has no such factors and is too large as a block: an error, or
     None for `p.kfac`.
 
@@ -58,8 +59,23 @@ def KFAC(
         raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}")
     if otherwise not in ("refuse", "none"):
         raise ValueError(f"otherwise must be 'refuse' or 'none', got {otherwise!r}")
-    bases = {id(p): basis for p, basis in corrected.items()} if isinstance(corrected, Mapping) else {}
+    given = corrected if isinstance(corrected, Mapping) else {}
+    bases: dict[str, KroneckerEigen] = {}  # of the open block's parameters
     correct = corrected is not False
+
+    def opens(params: Mapping[str, Tensor]) -> None:
+        named = {id(p): name for name, p in params.items()}
+        bases.clear()
+        for key, basis in given.items():
+            name = key if isinstance(key, str) else named.get(id(key), "")
+            if name not in params:
+                what = repr(key) if isinstance(key, str) else f"a tensor {list(getattr(key, 'shape', []))}"
+                raise HookjacError(
+                    f"kfac: corrected= has a basis for {what}, which is no trainable parameter of the model"
+                )
+            if not isinstance(basis, KroneckerEigen):
+                raise TypeError(f"kfac: corrected= wants a KroneckerEigen for {name!r}, got {type(basis).__name__}")
+            bases[name] = basis
 
     def reduce(got: Received) -> Kronecker | KroneckerEigen | KroneckerSum | None:
         if len(got.pieces) > 1:
@@ -79,7 +95,7 @@ def KFAC(
                 )
             return KroneckerSum(tuple(_factored(part, metric, got.param, sharing == "reduce") for part in factor.parts))
         found = _factored(factor, metric, got.param, sharing == "reduce")
-        return _correct(found, factor, metric, bases.get(id(got.param))) if correct else found
+        return _correct(found, factor, metric, bases.get(got.name)) if correct else found
 
     power = 2 if fisher == "empirical" else 1
     adds = Adds(powers=(0, 0, power), split=_split, join=_join, label=f"{fisher} {sharing}")
@@ -88,6 +104,7 @@ def KFAC(
         columns=wishes[fisher],
         reduce=reduce,
         subsample=chosen(subsample),
+        opens=opens if isinstance(corrected, Mapping) else None,
         # each batch has eigenvectors of its own, and averages of averages are no average
         adds=None if correct or fisher == "kfra" else adds,
     )
@@ -155,6 +172,14 @@ def _nothing(got: Received, corrected: bool) -> Kronecker | KroneckerEigen:
 
 
 def _correct(found: Kronecker, factor: Factor, metric: Tensor | None, basis: KroneckerEigen | None) -> KroneckerEigen:
+    if basis is not None:
+        sides = [None if t is None else t.shape for t in (basis.Q_A, basis.Q_B)]
+        wanted = [None if found.A is None or found.A.dim() == 1 else found._a.shape, found._b.shape]
+        if sides[1] != wanted[1] or (found.A is not None and sides[0] != wanted[0]):
+            raise HookjacError(
+                f"the basis that corrected= has for it is of sides {[s and list(s) for s in sides]} (Q_A, Q_B), and "
+                f"its factors are of {[s and list(s) for s in wanted]}"
+            )
     eigen = found.eigen() if basis is None else replace(basis, source=found)
     if found.A is None:
         if basis is None:

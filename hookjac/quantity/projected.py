@@ -6,6 +6,7 @@ N samples · k directions · p the parameter's shape, as a matrix [r, c] whose r
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor
@@ -47,11 +48,15 @@ def GradSampleProjected(*, k: int = 512, seed: int = 0, subsample: Samples = Non
                     entries=lambda M, C, P: M * k, instead="Use a smaller k.", single=True)  # fmt: skip
 
 
+# what wrappers put before or into a parameter's name, which is the same parameter with and without them
+_WRAPPED = re.compile(r"^module\.|(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
+
+
 def signs(name: str, shape: torch.Size, k: int, seed: int) -> tuple[Tensor, Tensor]:
     """x [k, r] and y [k, c] of a parameter: bits of a hash, so the same everywhere, and of no generator's state."""
     r = shape[0] if shape else 1
     c = shape.numel() // max(1, r)
-    told = f"{seed}/{k}/{name}/{tuple(shape)}".encode()
+    told = f"{seed}/{k}/{_WRAPPED.sub('', name)}/{tuple(shape)}".encode()
     drawn = bytearray(hashlib.shake_256(told).digest(-(-k * (r + c) // 8)))
     octets = torch.frombuffer(drawn, dtype=torch.uint8).cpu().unsqueeze(1)
     bits = (octets >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1

@@ -6,7 +6,7 @@ V columns · N samples · C entries of one sample's output · p the parameter's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
@@ -240,6 +240,7 @@ class Quantity:
     adds: how `accumulate` makes up the result of a data set, and `group=` that of all ranks; None: results of batches
         do not add up.
     single: the result belongs to single samples: with `group=` it stays on their rank.
+    opens: told the trainable parameters by their names when a block opens, to look at what it was given for them.
     """
 
     name: str
@@ -253,6 +254,7 @@ class Quantity:
     instead: str = ""
     adds: Adds | None = None
     single: bool = False
+    opens: Callable[[Mapping[str, Tensor]], None] | None = None
     wish: Wish = field(init=False)
 
     def __post_init__(self) -> None:
