@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from hookjac import files
@@ -203,6 +204,8 @@ class _Run:
         inputs, *targets = batch
         if isinstance(inputs, Mapping):
             return self.loss_fn(self.model(**inputs), *targets)
+        if self.reduction == "mean":
+            _demand_all_counted(self.loss_fn, targets)
         out = self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
         return self.loss_fn(out, *targets)
 
@@ -276,6 +279,18 @@ class _Run:
         }
         sums = Sums(found, about["sums"], about["samples"], about["batches"], about["last"])
         return sums, listed("start"), listed("now")
+
+
+def _demand_all_counted(loss_fn: Callable[..., Tensor], targets: Iterable[Any]) -> None:
+    """Of targets that the loss ignores, a mean is over the others: no two batches need have equally many."""
+    known = loss_fn in (F.cross_entropy, F.nll_loss) or isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss))
+    ignored = getattr(loss_fn, "ignore_index", -100) if known else None
+    if ignored is not None and any(isinstance(t, Tensor) and bool((t == ignored).any()) for t in targets):
+        raise HookjacError(
+            f"targets of a batch hold {ignored}, which {getattr(loss_fn, '__name__', type(loss_fn).__name__)} leaves "
+            "out of its mean: means over different numbers of targets do not add up. Use reduction='sum' (in the loss, "
+            "too), and divide by the number of targets."
+        )
 
 
 def _demand_same(wanted: str, found: str, path: Path | None) -> None:

@@ -33,12 +33,14 @@ def diagonals(model: nn.Module, quantity: str = "hess_diag", *, columns: int = 4
     A matrix is shown as it is, [out, in]; a convolution's kernels side by side, rows by output channel; a vector as a
     strip. Each panel has a scale of its own, from its largest entry down to a thousandth.
     """
-    found = {name: t.detach() for name, t in _results(model, quantity).items()}
+    found = {name: t.detach() for name, t in _results(model, quantity).items() if isinstance(t, Tensor)}
+    if not found:
+        raise HookjacError(f"{quantity} is no tensor; a map needs a result of shape [*p], such as hess_diag")
     for name, t in found.items():
         if t.shape != model.get_parameter(name).shape:
             raise HookjacError(f"{quantity} of {name!r} has shape {list(t.shape)}; a map needs one of shape [*p]")
     with _style() as plt:
-        across = min(columns, len(found))
+        across = max(1, min(columns, len(found)))
         down = math.ceil(len(found) / across)
         figure, grid = plt.subplots(down, across, figsize=(3.4 * across, 2.9 * down), squeeze=False,
                                     layout="constrained")  # fmt: skip
@@ -83,8 +85,9 @@ def gradient_norms(
 ) -> Figure:
     """Histogram of per-sample gradient norms; below it the samples with the largest and with the smallest ones.
 
-    norms: [N], or a model whose parameters have `grad_sample_norm`: the norm over all of them. images: [N, H, W] or
-    [N, H, W, 3] of the samples; without them, their numbers are listed. captions: a word for each sample.
+    norms: [N], or a model whose parameters have `grad_sample_norm`: the norm over all of them. images: [N, H, W] of the
+    samples, or with one or three channels, first or last; without them, their numbers are listed. captions: a word for
+    each sample. Norms that are not finite are left out, and counted in the title.
     """
     if isinstance(norms, nn.Module):
         parts = list(_results(norms, "grad_sample_norm").values())
@@ -95,19 +98,25 @@ def gradient_norms(
     for what, given in (("images", images), ("captions", captions)):
         if given is not None and len(given) != len(values):
             raise HookjacError(f"expected {what} of {len(values)} samples, got {len(given)}")
-    order, show = values.argsort(descending=True), min(show, len(values))
+    odd = int((~values.isfinite()).sum())
+    if odd == len(values):
+        raise HookjacError(f"none of the {odd} norms is finite")
+    order = torch.where(values.isfinite(), values, -1.0).argsort(descending=True)[: len(values) - odd]
+    show, finite = min(show, len(order)), values[values.isfinite()]
+    images = None if images is None else _images(images)
     with _style() as plt:
         rows = 2 if images is not None else 0
         figure = plt.figure(figsize=(10, 2.8 + 1.5 * rows), layout="constrained")
         upper, *lower = figure.subfigures(1 + rows, 1, height_ratios=[2.4] + [1.3] * rows, squeeze=False)[:, 0]
         axes = upper.subplots()
-        kept = values.clamp(min=max(float(values.max()), 1e-300) * 1e-9)
+        kept = finite.clamp(min=max(float(finite.max()), 1e-300) * 1e-9)
         edges = torch.logspace(math.log10(float(kept.min())), math.log10(float(kept.max()) * 1.01), 60)
         axes.hist(kept.numpy(), bins=edges.numpy(), color=GOOD)
         axes.set_xscale("log")
         axes.set_xlabel("norm of one sample's gradient, over all parameters")
         axes.set_ylabel("samples")
-        axes.set_title(f"{len(values)} samples; the largest is {float(values.max() / values.median()):,.1f} medians")
+        title = f"{len(values)} samples; the largest is {float(finite.max() / finite.median()):,.1f} medians"
+        axes.set_title(title + (f"; {odd} not finite" if odd else ""))
         if images is None:
             told = ", ".join(_caption(captions, k) for k in order[:show].tolist())
             axes.text(0.01, 0.97, f"largest: {told}", transform=axes.transAxes, va="top", color=MUTED, wrap=True)
@@ -124,16 +133,27 @@ def gradient_norms(
     return figure
 
 
+def _images(images: Tensor) -> Tensor:
+    """[N, H, W] or [N, H, W, 3]."""
+    if images.dim() == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        images = images.movedim(1, 3)
+    images = images.squeeze(3) if images.dim() == 4 and images.shape[3] == 1 else images
+    if images.dim() != 3 and (images.dim() != 4 or images.shape[3] != 3):
+        raise HookjacError(f"expected images [N, H, W], or with one or three channels, got {list(images.shape)}")
+    return images
+
+
 def kernel(ntk: Tensor, labels: Tensor | None = None) -> Figure:
     """The neural tangent kernel as a matrix over samples, and the spectrum of the whole of it.
 
     ntk: [N, *out, N, *out], as `ext.ntk`, or [N, N]. The matrix shown is the mean over outputs of each output's own.
     labels: [N]; samples are sorted by them, with lines between.
     """
-    N = ntk.shape[0]
-    if ntk.dim() % 2 or ntk.shape[: ntk.dim() // 2] != ntk.shape[ntk.dim() // 2 :]:
+    if not ntk.dim() or ntk.dim() % 2 or ntk.shape[: ntk.dim() // 2] != ntk.shape[ntk.dim() // 2 :]:
         raise HookjacError(f"expected a kernel [N, *out, N, *out] or [N, N], got {list(ntk.shape)}")
-    C = ntk.shape[1 : ntk.dim() // 2].numel()
+    N, C = ntk.shape[0], ntk.shape[1 : ntk.dim() // 2].numel()
+    if labels is not None and len(labels) != N:
+        raise HookjacError(f"expected labels of {N} samples, got {len(labels)}")
     square = ntk.detach().double().cpu().reshape(N, C, N, C)
     mean = torch.einsum("ncmc->nm", square) / C
     order = torch.arange(N) if labels is None else labels.cpu().argsort(stable=True)
@@ -165,7 +185,7 @@ def kronecker(model: nn.Module, *, columns: int = 4) -> Figure:
         sums = [name for name, k in found.items() if isinstance(k, KroneckerSum)]
         raise HookjacError(f"no parameter has a pair of factors to show (sums of pairs: {sums or 'none'})")
     with _style() as plt:
-        across = min(columns, len(pairs))
+        across = max(1, min(columns, len(pairs)))
         down = math.ceil(len(pairs) / across)
         figure, grid = plt.subplots(down, across, figsize=(3.2 * across, 2.8 * down), squeeze=False,
                                     layout="constrained")  # fmt: skip
@@ -190,15 +210,20 @@ class Watched:
     """
 
     def __init__(self, quantity: str = "hess_diag") -> None:
-        self.quantity, self.steps = quantity, list[int]()
+        self.quantity, self.steps = quantity, dict[str, list[int]]()
         self.traces: dict[str, list[float]] = {}
         self.negative: dict[str, list[float]] = {}
 
     def note(self, model: nn.Module, step: int | None = None) -> None:
         """What the parameters have now."""
         found = _results(model, self.quantity)
-        self.steps.append(len(self.steps) if step is None else step)
+        step = 1 + max((s[-1] for s in self.steps.values()), default=-1) if step is None else step
         for name, t in found.items():
+            if not isinstance(t, Tensor) or t.shape != model.get_parameter(name).shape:
+                raise HookjacError(
+                    f"{self.quantity} of {name!r} is no tensor of shape [*p]; watch one of the diagonals"
+                )
+            self.steps.setdefault(name, []).append(step)
             self.traces.setdefault(name, []).append(float(t.sum()))
             size = float(t.abs().sum())
             self.negative.setdefault(name, []).append(float(-t.clamp(max=0).sum()) / size if size else 0.0)
@@ -212,8 +237,8 @@ class Watched:
             for k, name in enumerate(self.traces):
                 style: Mapping[str, Any] = {"color": COLOURS[k % len(COLOURS)], "lw": 1.6,
                                             "ls": ("-", "--", ":")[k // len(COLOURS) % 3]}  # fmt: skip
-                left.plot(self.steps, self.traces[name], label=name, **style)
-                right.plot(self.steps, self.negative[name], **style)
+                left.plot(self.steps[name], self.traces[name], label=name, **style)
+                right.plot(self.steps[name], self.negative[name], **style)
             left.set_yscale("symlog", linthresh=_threshold(self.traces))
             left.set_title(f"sum of {self.quantity}")
             right.set_title("share that is negative")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hookjac
-from hookjac import KFAC, GGNDiagMC, HookjacError, Kronecker, accumulate
+from hookjac import KFAC, GGNDiagMC, HookjacError, Kronecker, accumulate, extend
 
 SAMPLES, BATCH = 11, 4  # the last batch is smaller
 ADDS = ("grad_sq_sum", "grad_var", "ggn_diag", "hess_diag", "ggn_block", "hess_block")
@@ -160,6 +161,19 @@ def test_it_leaves_the_rest_alone() -> None:
     for k, p in trainable(model).items():
         assert torch.equal(p.grad, before[k][0])  # type: ignore
         assert p.ggn_diag is before[k][1]  # type: ignore
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), F.nll_loss])
+def test_targets_that_are_ignored_are_refused_under_a_mean(loss: Any) -> None:
+    model, x = nn.Linear(D, C), torch.randn(6, D)
+    y = torch.tensor([0, 1, 2, 0, -100, 1])
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    with pytest.raises(HookjacError, match=r"targets of a batch hold -100, which \w+ leaves out"):
+        accumulate(model, loss, batches, "ggn_diag" if loss is not F.nll_loss else "grad_sq_sum")
+    found = accumulate(model, functools.partial(F.cross_entropy, reduction="sum"), batches, "ggn_diag", reduction="sum")
+    with extend(model, "ggn_diag"):
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+    close(found["ggn_diag"]["weight"], model.weight.ggn_diag, "sum")
 
 
 def test_memory_does_not_grow() -> None:

@@ -418,6 +418,40 @@ def test_private_refuses_a_model_that_mixes_samples(passes: int) -> None:
     assert not model._forward_pre_hooks
 
 
+class Odd(nn.Module):
+    """Mixes samples in training only; counts its calls in a buffer that it replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(D, C)
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.n = self.n + 1
+        out = self.a(x)
+        return {"apart": out, "mixed": out - out.mean(0), "either": out - out.mean(0) if self.training else out}
+
+
+def test_a_trial_is_of_the_model_as_it_is() -> None:
+    model, x = Odd(), torch.randn(N, D)
+
+    def step(output: str) -> None:
+        optimizer = optim.DPSGD(model, batch_size=N, output=output)
+        with optimizer.block():
+            F.cross_entropy(model(x)[output], Y).backward()
+        optimizer.step()
+
+    step("apart")
+    assert float(model.n) == 1, "the trial left nothing behind"
+    with pytest.raises(HookjacError, match="the model mixes samples"):
+        step("mixed")
+    model.eval()
+    step("either")
+    model.train()
+    with pytest.raises(HookjacError, match="the model mixes samples"):
+        step("either")
+
+
 def test_private_noises_what_no_sample_reached() -> None:
     model = Fn(lambda m, x: m.a(x), a=nn.Linear(D, C), b=nn.Linear(2, 2))
     optimizer = optim.DPSGD(model, batch_size=N, noise=1.0)

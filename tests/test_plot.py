@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -126,6 +127,34 @@ def test_over_training() -> None:
     np.testing.assert_allclose(right.lines[0].get_ydata()[1], float(-h.clamp(max=0).sum() / h.abs().sum()))
 
 
+@pytest.mark.parametrize("shape", [(N, 6, 7), (N, 1, 6, 7), (N, 6, 7, 1), (N, 3, 6, 7), (N, 6, 7, 3)])
+def test_images_of_all_layouts(shape: tuple[int, ...]) -> None:
+    images = torch.rand(shape)
+    axes = [a for a in plot.gradient_norms(torch.tensor([1.0, 3, 2, 4]), images).axes if a.images]
+    assert shown(axes[0]).shape[:2] == (6, 7)
+    assert axes[0].get_title() == "3"
+
+
+def test_norms_that_are_not_finite() -> None:
+    figure = plot.gradient_norms(torch.tensor([1.0, math.nan, 2.0, math.inf]))
+    assert figure.axes[0].get_title(loc="left") == "4 samples; the largest is 2.0 medians; 2 not finite"
+    assert figure.axes[0].texts[0].get_text() == "largest: 2, 0"
+    with pytest.raises(HookjacError, match="none of the 2 norms is finite"):
+        plot.gradient_norms(torch.tensor([math.nan, math.inf]))
+
+
+def test_parameters_that_come_later() -> None:
+    watched = plot.Watched()
+    model, _ = net("hess_diag")
+    late = vars(model[1].weight).pop("hess_diag")
+    watched.note(model)
+    model[1].weight.hess_diag = late
+    watched.note(model)
+    lines = {li.get_label(): li for li in watched.figure().axes[0].lines}
+    np.testing.assert_array_equal(lines["1.weight"].get_xdata(), [1])
+    np.testing.assert_array_equal(lines["4.weight"].get_xdata(), [0, 1])
+
+
 def test_errors() -> None:
     model, _ = net("grad_sample")
     with pytest.raises(HookjacError, match=r"no parameter has 'hess_diag': ask for it in a block"):
@@ -134,6 +163,14 @@ def test_errors() -> None:
         plot.diagonals(model, "grad_sample")
     with pytest.raises(HookjacError, match=r"expected norms \[N\] of at least one sample, got \[0\]"):
         plot.gradient_norms(torch.zeros(0))
+    with pytest.raises(HookjacError, match=r"expected images .*one or three channels, got \[2, 5, 4, 4\]"):
+        plot.gradient_norms(torch.ones(2), torch.zeros(2, 5, 4, 4))
+    with pytest.raises(HookjacError, match="expected labels of 3 samples, got 2"):
+        plot.kernel(torch.eye(3), torch.zeros(2))
+    with pytest.raises(HookjacError, match="is no tensor of shape"):
+        plot.Watched("grad_sample").note(model)
+    with pytest.raises(HookjacError, match="kfac is no tensor"):
+        plot.diagonals(net(hookjac.KFAC(fisher="exact"))[0], "kfac")
     with pytest.raises(HookjacError, match="expected images of 3 samples, got 2"):
         plot.gradient_norms(torch.ones(3), torch.zeros(2, 4, 4))
     with pytest.raises(HookjacError, match=r"no parameter has a pair of factors"):

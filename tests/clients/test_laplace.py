@@ -704,3 +704,17 @@ def test_the_table_of_the_page_says_what_happens() -> None:
     for name, structure, *told in rows:
         found = [cell(name, structure, b) for b in (HookjacGGN, CurvlinopsGGN, BackPackGGN, AsdlGGN)]
         assert found == told, (name, structure)
+
+
+def test_results_of_the_users_own_stay() -> None:
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+    asked = ("jac", "grad_sample", "grad_sq_sum", "hess_diag", "ggn_diag")
+    with hookjac.extend(model, *asked):
+        F.cross_entropy(model(x), y).backward()
+    before = {(q, key): getattr(p, q) for q in asked for key, p in model.named_parameters()}
+    backend = HookjacGGN(model, "classification")
+    backend.jacobians(x)
+    backend.diag(x, y)
+    HookjacEF(model, "classification").gradients(x, y)
+    for (q, key), value in before.items():
+        assert getattr(model.get_parameter(key), q) is value, (q, key)
