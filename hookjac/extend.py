@@ -23,7 +23,7 @@ from hookjac.sharded import demand_no_pipeline, demand_plain, like, shards, whol
 from hookjac.sums import Reduction
 from hookjac.switches import MATH_ATTENTION, QUIET_VMAP
 from hookjac.tape import Select
-from hookjac.watch import Start
+from hookjac.watch import Start, open_blocks
 
 
 class extend:
@@ -54,6 +54,8 @@ class extend:
     A backward of your own towards parameters (`autograd.grad(g, params)`) counts as one, too. Gradient hooks on
     parameters, and on tensors outside the forward, neither see nor change our results; see README, Limits, for others.
     """
+
+    _alone: frozenset[str] = frozenset()  # attributes of parameters that no other open block may write
 
     def __init__(
         self,
@@ -120,6 +122,7 @@ class extend:
                     f"parameter {name!r} is complex ({p.dtype}): its Jacobian and Hessian depend on a convention that "
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
+        self._demand_alone(params)
         for q in self.quantities:
             if q.opens is not None:
                 q.opens(params)
@@ -138,6 +141,17 @@ class extend:
             self._ranks.open()
         self._service.open()
         return self
+
+    def _demand_alone(self, params: Mapping[str, nn.Parameter]) -> None:
+        mine = {q.name for q in self.quantities}
+        for other in open_blocks():
+            theirs = {q.name for q in other.quantities}
+            clash = (self._alone & (theirs | other._alone)) | (other._alone & mine)
+            if clash and {id(p) for p in params.values()} & {id(p) for p in other.model.parameters()}:
+                raise HookjacError(
+                    f"another block is open that leaves {min(clash)!r} on the same parameters, and one would overwrite "
+                    "what the other left. Close it first, or leave that quantity out of one of them."
+                )
 
     def _demand_sharded(self) -> None:
         late = [q.name for q in self.quantities if isinstance(q.wish, Graph)]

@@ -167,6 +167,12 @@ def _here() -> list[Watch]:
     return found
 
 
+def open_blocks() -> list[Any]:
+    """The objects whose backwards are watched in this thread, outermost first."""
+    alive: list[Any] = [watch._backward() for watch in _here()]
+    return [backward.__self__ for backward in alive if backward is not None]
+
+
 _retain_grad = torch.Tensor.retain_grad
 
 

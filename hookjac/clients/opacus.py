@@ -111,6 +111,8 @@ def grad_samples(
 class _Block(extend):
     """The samples of its model are tried, too."""
 
+    _alone = frozenset({"grad_sample"})
+
     def __init__(self, model: nn.Module, quantity: str | Quantity, *, independent: bool, **options: Any) -> None:
         super().__init__(model, quantity, **options)
         self._independent = independent

@@ -550,3 +550,23 @@ def test_what_is_no_model() -> None:
         grad_samples(private.hooks, loss_reduction="mean")
     with pytest.raises(ValueError, match="'none'"):
         grad_samples(made("mlp"), loss_reduction="none")  # type: ignore[arg-type]
+
+
+def test_another_block_that_writes_grad_sample() -> None:
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+
+    def ours() -> Any:
+        return grad_samples(model, loss_reduction="mean")
+
+    def plain() -> Any:
+        return hookjac.extend(model, "grad_sample")
+
+    for outer, inner in ((ours, plain), (plain, ours), (ours, ours)):
+        with outer():
+            with pytest.raises(hookjac.HookjacError, match="another block is open that leaves 'grad_sample'"):
+                inner().__enter__()
+            with hookjac.extend(model, "ggn_diag"), hookjac.extend(nn.Linear(2, 2), "grad_sample"):
+                F.cross_entropy(model(x), y).backward()
+        assert model.weight.ggn_diag.shape == (3, 4)
+        assert model.weight.grad_sample.shape == (6, 3, 4)
+        del model.weight.grad_sample, model.bias.grad_sample
