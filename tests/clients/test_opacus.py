@@ -565,7 +565,9 @@ def test_another_block_that_writes_grad_sample() -> None:
         with outer():
             with pytest.raises(hookjac.HookjacError, match="another block is open that leaves 'grad_sample'"):
                 inner().__enter__()
-            with hookjac.extend(model, "ggn_diag"), hookjac.extend(nn.Linear(2, 2), "grad_sample"):
+            with hookjac.extend(nn.Linear(2, 2), "grad_sample"):
+                pass
+            with hookjac.extend(model, "ggn_diag"):
                 F.cross_entropy(model(x), y).backward()
         assert model.weight.ggn_diag.shape == (3, 4)
         assert model.weight.grad_sample.shape == (6, 3, 4)
