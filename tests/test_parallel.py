@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from workers import Workers, raised, same
 
 from hookjac import KFAC, HessDiag, HookjacError, Quantity, extend, optim, passing
+from hookjac.quantity import names as all_names
 from hookjac.sharded import demand_plain
 from hookjac.talkers import NODES
 
@@ -628,6 +629,44 @@ def check_kfac_steps(rank: int, size: int, tied: bool) -> None:
 def test_kfac_steps(two: Workers, three: Workers, tied: bool) -> None:
     two(check_kfac_steps, 2, tied)
     three(check_kfac_steps, 3, tied)
+
+
+def check_every_quantity(rank: int, wrapper: str) -> None:
+    """Without a group, each rank has what its own batch gives a plain model."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 4))
+    wrapped: Any = copy.deepcopy(plain)
+    if wrapper == "FSDP2":
+        for unit in (wrapped[0], wrapped[3], wrapped):
+            fully_shard(unit)
+    else:
+        wrapped = DistributedDataParallel(wrapped)
+    torch.manual_seed(10 + rank)
+    x, y = torch.randn(3 + rank, 4), torch.randint(4, (3 + rank,))
+    for q in all_names():
+        if q in ("ggn_mp", "hess_mp") and wrapper == "FSDP2":
+            continue  # refused by name
+        for model in (plain, wrapped):
+            model.zero_grad()
+            torch.manual_seed(3)
+            with extend(model, q):
+                F.cross_entropy(model(x), y).backward()
+                if q.endswith("_mp"):
+                    for p in model.parameters():
+                        p.result = getattr(p, q)(torch.ones(p.shape))
+                else:
+                    for p in model.parameters():
+                        p.result = getattr(p, q)
+        for (name, p), r in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
+            if q == "jac":
+                same(r.result.to_dense(), p.result.to_dense(), (q, name))
+            else:
+                same(r.result, p.result, (q, name))
+
+
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FSDP2"])
+def test_every_quantity(two: Workers, wrapper: str) -> None:
+    two(check_every_quantity, wrapper)
 
 
 def check_refused_steps(rank: int) -> None:

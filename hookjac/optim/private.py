@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import hookjac
 from hookjac.apart import watch
+from hookjac.optim.calls import Call, noting
 from hookjac.optim.curved import Closure, Curved, demand
 
 
@@ -61,7 +61,7 @@ class DPSGD(Curved):
         super().__init__(model, params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, output=output)
         self.batch_size, self.clip, self.noise, self.generator = batch_size, clip, noise, generator
         self.loss_reduction, self.independent = loss_reduction, independent
-        self._calls: list[_Call] | None = None  # of the model, where a closure runs
+        self._calls: list[Call] | None = None  # of the model, where a closure runs
 
     def wanted(self) -> list[hookjac.Quantity]:
         if self._calls is None:
@@ -136,7 +136,7 @@ class DPSGD(Curved):
         found = torch.autograd.grad(outputs, params, scaled, allow_unused=True)
         return {p: torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)}
 
-    def _demand_outputs_only(self, call: _Call) -> None:
+    def _demand_outputs_only(self, call: Call) -> None:
         """All of the loss's gradient comes through the outputs as the model gave them."""
         assert self.loss is not None
         if self.loss.grad_fn is None:
@@ -160,60 +160,3 @@ class DPSGD(Curved):
                 "an output of the model was changed in place after it was given, so that the gradient at it is of "
                 "something else. Use the operation that is not in place."
             )
-
-
-class _Call:
-    """One call of the model, and what is needed for the same once more."""
-
-    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        kind = next(model.parameters()).device.type
-        self.args, self.kwargs, self.cpu = args, kwargs, torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        self.cast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self.outputs: list[Tensor] = []
-
-    def gave(self, out: Any) -> None:
-        self.outputs = _leaves(out)
-        self.nodes, self.versions = {t.grad_fn for t in self.outputs}, [t._version for t in self.outputs]
-        for t in self.outputs:
-            t.retain_grad()
-
-    def again(self, model: nn.Module) -> list[Tensor]:
-        with torch.random.fork_rng(), torch.enable_grad(), torch.autocast(*self.cast):
-            torch.set_rng_state(self.cpu)
-            if self.cuda is not None:
-                torch.cuda.set_rng_state(self.cuda)
-            found = _leaves(model(*self.args, **self.kwargs))
-        for t, before in zip(found, self.outputs, strict=True):
-            top = float(before.detach().abs().max()) if before.numel() else 0.0
-            off = float((t.detach() - before.detach()).abs().max()) if t.numel() else 0.0
-            if not off <= 1e3 * torch.finfo(t.dtype).eps * top:
-                raise hookjac.HookjacError(
-                    f"the model, called twice on the same batch and random numbers, gave outputs that differ by "
-                    f"{off:.1e}: it keeps a state between calls. Use `with optimizer.block():` and step()."
-                )
-        return found
-
-
-@contextlib.contextmanager
-def noting(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
-    """While it lasts, calls of the model under gradients are noted."""
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled():
-            calls.append(_Call(module, args, kwargs))
-
-    def after(module: nn.Module, args: Any, out: Any) -> None:
-        if torch.is_grad_enabled() and calls:
-            calls[-1].gave(out)
-
-    hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _leaves(out: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
