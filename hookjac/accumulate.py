@@ -249,7 +249,7 @@ class _Run:
 
     def _write(self, path: Path, sums: Sums, start: list[Tensor], identity: str, batch: Any) -> None:
         tensors = {
-            f"{q}/{name}/{k}": t
+            f"sums/{q}/{name}/{k}": t
             for q, found in sums.found.items()
             for name, parts in found.items()
             for k, t in enumerate(parts)
@@ -269,12 +269,12 @@ class _Run:
             )
 
         def listed(prefix: str) -> list[Tensor]:
-            count = sum(key.startswith(f"{prefix}/") for key in tensors)
+            count = sum(key.startswith(f"{prefix}/") and key[len(prefix) + 1 :].isdecimal() for key in tensors)
             return [tensors[f"{prefix}/{k}"] for k in range(count)]
 
         devices = {name: p.device for name, p in self.params.items()}
         found = {
-            q: {name: [t.to(devices[name]) for t in listed(f"{q}/{name}")] for name in notes}
+            q: {name: [t.to(devices[name]) for t in listed(f"sums/{q}/{name}")] for name in notes}
             for q, notes in about["sums"].items()
         }
         sums = Sums(found, about["sums"], about["samples"], about["batches"], about["last"])

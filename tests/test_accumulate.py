@@ -176,6 +176,29 @@ def test_targets_that_are_ignored_are_refused_under_a_mean(loss: Any) -> None:
     close(found["ggn_diag"]["weight"], model.weight.ggn_diag, "sum")
 
 
+def test_checkpoints_of_names_that_look_like_numbers(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(C, D))
+            self.register_parameter("w/0", nn.Parameter(torch.randn(C)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.w.T + getattr(self, "w/0")
+
+    model, x, y = Named(), torch.randn(6, D), torch.randint(C, (6,))
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    start = hookjac.Quantity(name="start", columns="loss", reduce=lambda got: got.sum(), adds=hookjac.Adds())
+    asked = ("ggn_diag", KFAC(fisher="exact"), start)
+    path = tmp_path / "run"
+    whole = accumulate(model, F.cross_entropy, batches, *asked)
+    accumulate(model, F.cross_entropy, batches[:1], *asked, checkpoint=path, every=1)
+    found = accumulate(model, F.cross_entropy, batches, *asked, checkpoint=path, every=1)
+    for q in ("ggn_diag", "start"):
+        for name in ("w", "w/0"):
+            assert torch.equal(found[q][name], whole[q][name]), (q, name)
+
+
 def test_memory_does_not_grow() -> None:
     model, x, y = data("MLP")
     alive: list[int] = []
