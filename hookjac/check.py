@@ -161,6 +161,11 @@ class _Truth:
             self._outputs, self._heads, self._apart = [leaves[k] for k in rows], [free[k] for k in rows], apart
             self._subtract = False
         self._slopes = [grad(self._apart, t) for t in self._heads]  # differentiable
+        # What is made of the selected output belongs to the loss, when it comes to curvature in outputs
+        used = [t for t, s in zip(self._outputs, self._slopes, strict=True) if t is not self.output and bool(s.any())]
+        above = [bool(grad(t.sum(), self.output).any()) for t in used]
+        self._whole = grad(self.loss, self.output) if any(above) else None
+        self._mixed = any(above) and not all(above)
         # the cotangents u of the outputs: J v = d (Jᵀ u) / du . v
         self._cotangents = [torch.zeros_like(t).requires_grad_() for t in self._outputs]
 
@@ -214,8 +219,21 @@ class _Truth:
 
     def curved(self, p: Tensor, k: int) -> Tensor:
         """[N]: what each sample adds to entry k of the Gauss-Newton diagonal, but for penalties."""
-        columns = self._columns(p, k)
-        return self._inner(columns, self._bent(columns))
+        columns, bent = self._curvature(p, k)
+        return self._inner(columns, bent)
+
+    def _curvature(self, p: Tensor, k: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Columns of the outputs that count, and the loss's Hessian in them times those."""
+        if self._whole is None:
+            columns = self._columns(p, k)
+            return columns, self._bent(columns)
+        if self._mixed:
+            raise HookjacError(
+                "the loss uses outputs that are made of the selected one and others that are not; check has no Gauss-"
+                "Newton matrix to compare with. Select another output."
+            )
+        column = self.column(p, k)
+        return [column], [grad(self._whole, self.output, column)]
 
     def penalty(self, p: Tensor, k: int) -> Tensor:
         """What a penalty adds to entry k of the curvature's diagonal."""
@@ -223,7 +241,8 @@ class _Truth:
 
     def gauss_newton_row(self, p: Tensor, k: int) -> Tensor:
         """[P]: a row of the Gauss-Newton matrix's block."""
-        through = self._pulled(p, self._bent(self._columns(p, k)))
+        _, bent = self._curvature(p, k)
+        through = self._pulled(p, bent) if self._whole is None else grad(self.output, p, bent[0])
         return (through + grad(self._past(p).reshape(-1)[k], p)).reshape(-1).detach()
 
     def row(self, p: Tensor, k: int) -> Tensor:

@@ -139,6 +139,12 @@ def test_several_outputs(picked: str) -> None:
     report = hookjac.check(model, x, loss, *asked, output=picked)
     assert report.fine, report
     if picked == "h":
+        for p in model.b.parameters():  # what is made of the selected output belongs to the loss then
+            p.requires_grad_(False)
+        for q in ("ggn_diag", "ggn_block", "ggn_mp", "ggn_diag_sample"):
+            assert hookjac.check(model, x, loss, q, output="h").fine, q
+        for p in model.b.parameters():
+            p.requires_grad_(True)
         with pytest.raises(HookjacError, match=r"ggn_diag: the loss depends on parameter 'b\.\w+' by a way"):
             hookjac.check(model, x, loss, "ggn_diag", output="h")
 

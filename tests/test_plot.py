@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -185,3 +187,15 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     model: nn.Module = net("hess_diag")[0]
     with pytest.raises(HookjacError, match=r"pip install 'hookjac\[plot\]'"):
         plot.diagonals(model)
+
+
+def test_the_page_draws_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "plots.md").read_text()
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(snippet, names)
+    shown = {Path(name).name for name in re.findall(r"!\[.*?\]\((.*?)\)", page)}
+    assert {f.name for f in tmp_path.iterdir()} == shown
+    assert len(shown) == 5
