@@ -227,10 +227,12 @@ class _Truth:
         if self._whole is None:
             columns = self._columns(p, k)
             return columns, self._bent(columns)
-        if self._mixed:
+        whole = grad(self.loss, p)
+        around = whole - grad(self.output, p, self._whole) - self._past(p)
+        if self._mixed or float(around.abs().max()) > 1e-10 * float(whole.abs().max()):
             raise HookjacError(
-                "the loss uses outputs that are made of the selected one and others that are not; check has no Gauss-"
-                "Newton matrix to compare with. Select another output."
+                "the loss uses outputs that are made of the selected one, and others or ways around it; check has no "
+                "Gauss-Newton matrix to compare with. Select another output."
             )
         column = self.column(p, k)
         return [column], [grad(self._whole, self.output, column)]
