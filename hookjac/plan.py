@@ -311,6 +311,7 @@ def _probe(
     """
     layout = dict(known)
     unfit: set[Edge] = set()
+    hidden: list[Edge] = []  # outputs at which the probe vanished, under a layer of zeros
     if N == 0:
         return {e: Layout(0) for key in route.order for e in route.outs[key] if e.shape[:1] == (0,)}, unfit
     plain, times = Group("probe", 1, alone=True), Group("scaled probe", 1, alone=True)
@@ -341,8 +342,13 @@ def _probe(
                 layout[edge] = found
             elif norm := next((k for k in consumers.get(edge, ()) if _batch_statistics(k)), None):
                 raise mixing_batchnorm(f"a functional batch norm ({type(norm).__name__})")
+            elif edge.shape[:1] == (N,) and (mark := route.mark(edge)) and mark.output and not bool(u.any()):
+                hidden.append(edge)
             if _unfit(route, edge, layout, names):
                 unfit.add(edge)
+    if hidden:
+        layout, more = _probe(route, hidden[:1], N, needed, names, layout)
+        unfit = {edge for edge in unfit | more if _unfit(route, edge, layout, names)}
     return layout, unfit
 
 

@@ -18,3 +18,8 @@ def test_the_sweep(part: int) -> None:
     refused = {what for what in came if what != "equal"}
     assert all(any(words in what for words in KNOWN) for what in refused), refused
     assert came["equal"] > 0.8 * sum(came.values())
+
+
+@pytest.mark.parametrize("number", [2008387])  # an output under a layer of zeros, where the probe for samples vanishes
+def test_cases_that_were_wrong(number: int) -> None:
+    assert run(case(number)) == "equal"

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, par, random_loss
-from oracle import close, compare, expected, hessian_diagonal, trainable
+from oracle import close, compare, expected, hessian_diagonal, jacobian, trainable
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import checkpoint
@@ -535,6 +535,35 @@ def test_no_entry_stays_in_the_tables_of_torch() -> None:
             ext.model(torch.randn(N, D)).sum().backward()
     assert [len(t) for t in tables] == before
     assert warnings.filters == filters
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_an_output_under_a_layer_of_zeros(samples: int) -> None:
+    """As layers are initialised that shall begin as nothing: no probe comes through, but the loss uses both outputs."""
+    last = nn.Linear(4, 2)
+    nn.init.zeros_(last.weight)
+    model: Any = Fn(lambda m, x: {"last": m.b(m.h(x)), "middle": m.h(x)}, a=nn.Linear(D, 4), b=last)
+    hidden: dict[int, Tensor] = {}
+
+    def h(x: Tensor) -> Tensor:
+        return hidden.setdefault(id(x), torch.sin(model.a(x)) * model.a(x))
+
+    model.h, x = h, torch.randn(samples, D)
+    asked = ("ggn_diag", "ggn_block", "hess_diag")
+    with extend(model, *asked, output="last"):
+        out = model(x)
+        (out["last"].square().sum() + out["middle"].pow(4).sum()).backward()
+    hidden.clear()
+    out = model(x)
+    for name, p in model.named_parameters():
+        G = torch.zeros(p.numel(), p.numel())
+        for t, bend in ((out["last"], torch.full_like(out["last"], 2.0)), (out["middle"], 12 * out["middle"].square())):
+            J = jacobian(t, p).reshape(t.numel(), p.numel())
+            G += J.T @ (bend.detach().reshape(-1, 1) * J)
+        close(p.ggn_block, G, name)
+        close(p.ggn_diag.flatten(), G.diagonal(), name)
+        loss = out["last"].square().sum() + out["middle"].pow(4).sum()
+        close(p.hess_diag, hessian_diagonal(loss, p), name)
 
 
 def test_kernels_that_vmap_loops_over_are_our_own_affair() -> None:
