@@ -360,16 +360,20 @@ def test_sampled_factors_are_unbiased(name: str) -> None:
     assert ((t.mean(0) - layer.weight.kfac.B).abs() <= 5 * t.std(0) / 20 + 1e-12).all()
 
 
+def one_weight(name: str) -> tuple[Any, Tensor, Any]:
+    """A net or a table, its input, and the weight to look at."""
+    if name == "table":
+        table: Any = Fn(lambda m, i: m.o(torch.tanh(m.e(i)).flatten(1)), e=nn.Embedding(5, 3), o=nn.Linear(6, C))
+        return table, torch.randint(5, (N, 2)), table.e.weight
+    build, shape, pick = NETS[name]
+    model, x = build(), torch.randn(N, *shape)
+    model(x)
+    return model, x, pick(model).weight
+
+
 @pytest.mark.parametrize("name", [*NETS, "table"])
 def test_corrected_eigenvalues_are_the_curvature_in_that_basis(name: str) -> None:
-    if name == "table":
-        model: Any = Fn(lambda m, i: m.o(torch.tanh(m.e(i)).flatten(1)), e=nn.Embedding(5, 3), o=nn.Linear(6, C))
-        x, weight = torch.randint(5, (N, 2)), model.e.weight
-    else:
-        build, shape, pick = NETS[name]
-        model, x = build(), torch.randn(N, *shape)
-        model(x)
-        weight = pick(model).weight
+    model, x, weight = one_weight(name)
     with extend(model, KFAC(fisher="exact"), "ggn_block"):
         cross_entropy(model(x)).backward()
     plain, block = weight.kfac, weight.ggn_block
@@ -390,14 +394,7 @@ def test_corrected_eigenvalues_are_the_curvature_in_that_basis(name: str) -> Non
 @pytest.mark.parametrize("name", [*NETS, "table"])
 def test_corrected_in_a_basis_that_is_given(name: str) -> None:
     """A moving average's: the eigenvalues are the exact curvature's diagonal there, the source is this batch's."""
-    if name == "table":
-        model: Any = Fn(lambda m, i: m.o(torch.tanh(m.e(i)).flatten(1)), e=nn.Embedding(5, 3), o=nn.Linear(6, C))
-        x, weight = torch.randint(5, (N, 2)), model.e.weight
-    else:
-        build, shape, pick = NETS[name]
-        model, x = build(), torch.randn(N, *shape)
-        model(x)
-        weight = pick(model).weight
+    model, x, weight = one_weight(name)
     with extend(model, KFAC(fisher="exact"), "ggn_block"):
         cross_entropy(model(x)).backward()
     plain = {p: p.kfac for p in model.parameters()}
