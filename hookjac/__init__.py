@@ -8,6 +8,7 @@ with hookjac.extend(model):
 from hookjac import distributed as distributed
 from hookjac import layers as layers
 from hookjac.accumulate import accumulate
+from hookjac.apart import demand_apart
 from hookjac.check import check
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
@@ -85,6 +86,7 @@ __all__ = [
     "Rule",
     "accumulate",
     "check",
+    "demand_apart",
     "empty_cache",
     "extend",
     "load",

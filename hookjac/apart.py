@@ -9,13 +9,14 @@ N samples.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.hooks import RemovableHandle
 
 from hookjac.errors import HookjacError
 from hookjac.samples import agree
@@ -29,15 +30,20 @@ def _state(model: nn.Module, output: Select) -> Any:
     return tuple((id(m), m.training) for m in model.modules()), output if isinstance(output, (str, int)) else id(output)
 
 
-def watch(model: nn.Module, output: Select) -> RemovableHandle | None:
-    """Try it at the next call that can tell, before the call, once for each state of the model; until the handle is
-    removed.
+@contextlib.contextmanager
+def demand_apart(model: nn.Module, output: Select = None) -> Iterator[None]:
+    """While it is open, a model that mixes samples is refused, with a `HookjacError`, as it is called.
 
-    It takes three forwards, with random state and buffers put back after each. Nothing is learnt from one sample, or
-    from equal ones: then the next call is tried.
+    For private training, where what one sample can do must be bounded: no other sample's output may depend on it. That
+    is tried, not proven: the first call on two samples or more (the first axis of inputs and outputs) is run with other
+    samples replaced, and each sample's output must stay. Nothing is learnt from equal samples: then the next is tried.
+
+    output: which tensor is meant, as for `extend`. Cost: three forwards, once for each state of the model (training
+    or not), with random state and buffers put back after each. Open it before the block of `extend`.
     """
     if _state(model, output) in _TRIED.get(model, ()):
-        return None
+        yield
+        return
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tried = _TRIED.setdefault(module, set())
@@ -45,7 +51,8 @@ def watch(model: nn.Module, output: Select) -> RemovableHandle | None:
         if torch.is_grad_enabled() and state not in tried and _apart(module, args, kwargs, output):
             tried.add(state)
 
-    return model.register_forward_pre_hook(before, with_kwargs=True)
+    with model.register_forward_pre_hook(before, with_kwargs=True):
+        yield
 
 
 def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Select) -> bool:

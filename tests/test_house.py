@@ -84,6 +84,17 @@ def test_no_quantity_knows_a_layer() -> None:
         assert not names & layers, f"{path.name} names {names & layers}"
 
 
+def test_the_optimizers_are_written_on_the_public_face() -> None:
+    """They are the examples of how to write one."""
+    public = {*hookjac.__all__, "distributed"}
+    for path in (PACKAGE / "optim").glob("*.py"):
+        if path.name != "__init__.py":
+            assert imported(path) <= {"", "optim"}, path.name
+        tree = ast.walk(ast.parse(path.read_text()))
+        used = {n.attr for n in tree if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "hookjac"}
+        assert used <= public, f"{path.name} uses {used - public}"
+
+
 def test_the_library_needs_torch_and_einops_only() -> None:
     late = {"demo.py", "__main__.py"}
     allowed = {"torch", "einops", "hookjac", *sys.stdlib_module_names}

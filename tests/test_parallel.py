@@ -36,7 +36,7 @@ def named(asked: tuple[Any, ...]) -> list[str]:
     return [q if isinstance(q, str) else q.name for q in asked]
 
 
-def batch(rank: int, x: Tensor, y: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def batch(rank: int, x: Tensor, y: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return x.split(list(sizes))[rank], y.split(list(sizes))[rank]
 
 
@@ -190,7 +190,7 @@ def test_nodes_of_ddp_are_met(two: Workers) -> None:
 
 
 def blocks() -> nn.Module:
-    """Sizes that two ranks cannot share equally, a bias of one entry, layers within layers."""
+    """Sizes that two or three ranks cannot share equally, a bias of one entry, layers within layers."""
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7))
     return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), inner, nn.Sequential(nn.Linear(7, 1), nn.SiLU()), nn.Linear(1, C))
@@ -203,10 +203,11 @@ def sharded(how: str, model: nn.Module) -> nn.Module:
     elif how == "always in shards":
         more = {"reshard_after_forward": True}
     elif how == "other axis":
-        # the last axis, where two ranks can share it equally
-        more = {"shard_placement_fn": lambda p: Shard(p.dim() - 1 if p.shape[-1] % 2 == 0 else 0)}
+        # the last axis, where the ranks can share it equally
+        ranks = dist.get_world_size()
+        more = {"shard_placement_fn": lambda p: Shard(p.dim() - 1 if p.shape[-1] % ranks == 0 else 0)}
     elif how == "replicated":
-        more = {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))}
+        more = {"mesh": init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicas", "shards"))}
     if how != "one unit":
         for layer in (model[2], model[3], model[4]):  # type: ignore[index]
             fully_shard(layer, **more)
@@ -217,11 +218,11 @@ def sharded(how: str, model: nn.Module) -> nn.Module:
 HOW = ["nested", "one unit", "kept whole", "always in shards", "other axis", "replicated"]
 
 
-def check_fsdp(rank: int, how: str) -> None:
+def check_fsdp(rank: int, how: str, batches: list[tuple[int, ...]]) -> None:
     alone, ours, theirs = blocks(), sharded(how, blocks()), sharded(how, blocks())
     torch.manual_seed(7)
     optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (ours, theirs)]
-    for step, sizes in enumerate([(5, 3), (4, 4), (1, 7)]):
+    for step, sizes in enumerate(batches):
         x, y = torch.randn(8, D), torch.randint(C, (8,))
         a, b = batch(rank, x, y, sizes)
         for optimizer in optimizers:
@@ -259,11 +260,12 @@ def check_fsdp(rank: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_fsdp(two: Workers, how: str) -> None:
-    two(check_fsdp, how)
+def test_fsdp(two: Workers, three: Workers, how: str) -> None:
+    two(check_fsdp, how, [(5, 3), (4, 4), (1, 7)])
+    three(check_fsdp, how, [(3, 4, 1), (2, 2, 4), (1, 5, 2)])
 
 
-def check_fsdp_model(rank: int, name: str, units: bool) -> None:
+def check_fsdp_model(rank: int, name: str, units: bool, sizes: tuple[int, ...]) -> None:
     torch.manual_seed(2)
     model = MODELS[name].build()
     x, y = torch.cat([MODELS[name].inputs() for _ in range(2)]), torch.randint(C, (8,))
@@ -272,7 +274,7 @@ def check_fsdp_model(rank: int, name: str, units: bool) -> None:
     for child in model.children() if units else ():
         fully_shard(child)
     fully_shard(model)
-    a, b = batch(rank, x, y, (3, 5))
+    a, b = batch(rank, x, y, sizes)
     with extend(model, *asked, group="world") as ext:
         F.cross_entropy(model(a), b).backward()
     assert ext.explain().rows
@@ -282,12 +284,14 @@ def check_fsdp_model(rank: int, name: str, units: bool) -> None:
         for q in ("grad_var", "ggn_diag", "hess_diag"):
             close(getattr(p, q).full_tensor(), getattr(r, q), (key, q))
         same(p.kfac, r.kfac, key)  # type: ignore[attr-defined]
-        close(p.grad_sample, r.grad_sample.split([3, 5])[rank] * 8 / len(a), key)  # type: ignore[attr-defined]
+        close(p.grad_sample, r.grad_sample.split(list(sizes))[rank] * 8 / len(a), key)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["CNN", "residual", "transformer", "LSTM", "tied", "bare"])
-def test_fsdp_of_other_models(two: Workers, name: str) -> None:
-    two(check_fsdp_model, name, name != "tied")  # what is used twice must lie in one unit
+def test_fsdp_of_other_models(two: Workers, three: Workers, name: str) -> None:
+    units = name != "tied"  # what is used twice must lie in one unit
+    two(check_fsdp_model, name, units, (3, 5))
+    three(check_fsdp_model, name, units, (3, 1, 4))
 
 
 def check_fsdp_alone(rank: int) -> None:
@@ -665,8 +669,9 @@ def check_every_quantity(rank: int, wrapper: str) -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FSDP2"])
-def test_every_quantity(two: Workers, wrapper: str) -> None:
+def test_every_quantity(two: Workers, three: Workers, wrapper: str) -> None:
     two(check_every_quantity, wrapper)
+    three(check_every_quantity, wrapper)
 
 
 def check_refused_steps(rank: int) -> None:

@@ -9,6 +9,7 @@ N samples · p the parameter's shape.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, Literal
@@ -22,9 +23,8 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from hookjac.apart import watch
+from hookjac.apart import demand_apart
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.quantity import GradSample, GradSampleNorm, Quantity
@@ -116,25 +116,19 @@ class _Block(extend):
     def __init__(self, model: nn.Module, quantity: str | Quantity, *, independent: bool, **options: Any) -> None:
         super().__init__(model, quantity, **options)
         self._independent = independent
+        self._tried = contextlib.ExitStack()
 
     def __enter__(self) -> extend:
-        handle = None if self._independent else watch(self.model, self._output)  # before `extend` counts hooks
-        try:
+        with contextlib.ExitStack() as stack:
+            if not self._independent:  # before `extend` counts hooks
+                stack.enter_context(demand_apart(self.model, self._output))
             opened = super().__enter__()
-        except BaseException:
-            _remove(handle)
-            raise
-        self._handle = handle
+            self._tried = stack.pop_all()
         return opened
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        _remove(self._handle)
-
-
-def _remove(handle: RemovableHandle | None) -> None:
-    if handle is not None:
-        handle.remove()
+        with self._tried:
+            super().__exit__(*exc)
 
 
 class GhostClipping:

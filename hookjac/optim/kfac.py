@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import hookjac
+from hookjac.optim import averages
 from hookjac.optim.curved import Closure, Curved, demand
 
 
@@ -77,44 +77,44 @@ class KFAC(Curved):
 
     def wanted(self) -> list[hookjac.Quantity]:
         bases: dict[Tensor | str, hookjac.KroneckerEigen] = {
-            p: self._basis(s) for p, s in self.state.items() if "Q_B" in s and p.requires_grad
+            p: averages.basis(s) for p, s in self.state.items() if "Q_B" in s and p.requires_grad
         }
         factors = hookjac.KFAC(
             fisher=self.fisher, sharing=self.sharing, corrected=bases if self.corrected else False, otherwise="none"
         )
         return [factors, hookjac.GGNMP()] if self._adapts() else [factors]
 
-    @staticmethod
-    def _basis(state: dict[str, Any]) -> hookjac.KroneckerEigen:
-        source = hookjac.Kronecker(None, state["B"], torch.Size())
-        return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], state["values"], source)
-
     def update(self, loss: Tensor | None, closure: Closure | None) -> None:
         if self._adapts() and closure is None:
             raise hookjac.HookjacError(
                 "KFAC(adapt_every=...) has to evaluate the loss after a step: use optimizer.step(closure)."
             )
-        self.demand_finite(*(p.grad for _, p in self.moving()))
+        for _, p in self.moving():  # all of them, before anything is learnt
+            self.demand_finite(p.grad, *averages.factors(p.kfac))  # type: ignore[attr-defined]
         move: dict[nn.Parameter, Tensor] = {}
         factored: list[tuple[dict[str, Any], nn.Parameter]] = []
         for group, p in self.moving():
             assert p.grad is not None
             found = p.kfac  # type: ignore[attr-defined]
-            if found is None or isinstance(found, hookjac.KroneckerSum):
-                step = group["other_lr"] * _adam(self.state[p], p.grad)
+            if not averages.factors(found):
+                step = group["other_lr"] * averages.adam(self.state[p], p.grad)
                 move[p] = -step - group["lr"] * group["weight_decay"] * p
             else:
-                self._learn(self.state[p], found)
+                averages.learn(self.state[p], found, self.decay)
                 if "B" in self.state[p]:  # else it was never reached, and has no gradient
                     factored.append((group, p))
         renew = self.param_groups[0]["steps"] % self.inverse_every == 0
         new = [(group, p) for group, p in factored if renew or not {"Q_B", "B_inverse"} & self.state[p].keys()]
-        (self._turn if self.corrected else self._invert)(new)
+        if self.corrected:
+            for _, p in new:
+                averages.turn(self.state[p], p.shape)
+        else:
+            averages.invert([(self.state[p], p.shape, group["damping"]) for group, p in new], self.group)
         directions: list[tuple[dict[str, Any], nn.Parameter, Tensor]] = []
         pulls = 0.0
         for group, p in factored:
             assert p.grad is not None
-            directions.append((group, p, self._solved(self.state[p], p.grad, group["damping"])))
+            directions.append((group, p, averages.solve(self.state[p], p.grad, group["damping"])))
             pulls += group["lr"] ** 2 * float((directions[-1][2] * p.grad).sum())
         scale = min(1.0, math.sqrt(self.clip / pulls)) if self.clip and pulls > 0 else 1.0
         for group, p, d in directions:
@@ -142,60 +142,3 @@ class KFAC(Curved):
         if not self.attempt(move, float(g @ v + v @ (self.ext.ggn @ v) / 2), loss.item(), closure):
             for p in move:
                 self.state[p].pop("velocity", None)
-
-    def _learn(self, state: dict[str, Any], found: Any) -> None:
-        """The moving averages of the factors, and of the eigenvalues in the basis that there is."""
-        new = found.source if self.corrected else found
-        if not new.rows:  # not reached by this batch: no news of it
-            return
-        self.demand_finite(new.A, new.B)
-        if "B" not in state:
-            state.update(A=new.A, B=new.B, swapped=new.swapped)
-            if self.corrected:
-                state.update(Q_A=found.Q_A, Q_B=found.Q_B, values=found.values)
-            return
-        average = self._average(state, new.shape).lerp(new, 1 - self.decay)
-        state.update(A=average.A, B=average.B)
-        if self.corrected:
-            state["values"] = torch.lerp(state["values"], found.values, 1 - self.decay)
-
-    def _average(self, state: dict[str, Any], shape: torch.Size) -> hookjac.Kronecker:
-        return hookjac.Kronecker(state["A"], state["B"], shape, state["swapped"])
-
-    def _invert(self, new: list[tuple[dict[str, Any], nn.Parameter]]) -> None:
-        averages = [(self._average(self.state[p], p.shape), group["damping"]) for group, p in new]
-        if self.group is None:
-            inverses = [average.inverse(damping) for average, damping in averages]
-        else:
-            damped = [average.damped(damping) for average, damping in averages]
-            found = iter(
-                hookjac.distributed.inverse([t for k in damped for t in (k.A, k.B) if t is not None], self.group)
-            )
-            inverses = [replace(k, A=None if k.A is None else next(found), B=next(found)) for k in damped]
-        for (_, p), inverse in zip(new, inverses, strict=True):
-            self.state[p].update(A_inverse=inverse.A, B_inverse=inverse.B)
-
-    def _turn(self, new: list[tuple[dict[str, Any], nn.Parameter]]) -> None:
-        """Eigenvalues are the diagonal of the same matrix in the new basis: (Qnewᵀ Q)² times those of the old."""
-        for _, p in new:
-            state, basis = self.state[p], self._average(self.state[p], p.shape).eigen()
-            values = (basis.Q_B.mT @ state["Q_B"]).square() @ state["values"]
-            if basis.Q_A is not None:
-                values = values @ (basis.Q_A.mT @ state["Q_A"]).square().mT
-            state.update(Q_A=basis.Q_A, Q_B=basis.Q_B, values=values)
-
-    def _solved(self, state: dict[str, Any], g: Tensor, damping: float) -> Tensor:
-        if not self.corrected:
-            return hookjac.Kronecker(state["A_inverse"], state["B_inverse"], g.shape, state["swapped"]) @ g
-        source = self._average(state, g.shape)
-        values = state["values"].clamp(min=0)
-        return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], values, source).solve(g, damping)
-
-
-def _adam(state: dict[str, Any], g: Tensor) -> Tensor:
-    """The direction of Adam with its usual constants (Kingma & Ba 2015)."""
-    first, second = (state.setdefault(key, torch.zeros_like(g)) for key in ("first", "second"))
-    state["seen"] = state.get("seen", 0) + 1
-    first.lerp_(g, 0.1)
-    second.lerp_(g.square(), 0.001)
-    return first / (1 - 0.9 ** state["seen"]) / ((second / (1 - 0.999 ** state["seen"])).sqrt() + 1e-8)

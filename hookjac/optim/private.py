@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.apart import watch
 from hookjac.optim.calls import Call, noting
 from hookjac.optim.curved import Closure, Curved, demand
 
@@ -71,15 +70,12 @@ class DPSGD(Curved):
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
         """Around the forward and the backward of the coming step."""
+        none = contextlib.nullcontext()
         # both before `extend` counts hooks
-        trial = None if self.independent else watch(self.model, self.output)
-        noted = contextlib.nullcontext() if self._calls is None else noting(self.model, self._calls)
-        try:
-            with noted, super().block():
-                yield
-        finally:
-            if trial is not None:
-                trial.remove()
+        tried = none if self.independent else hookjac.demand_apart(self.model, self.output)
+        noted = none if self._calls is None else noting(self.model, self._calls)
+        with tried, noted, super().block():
+            yield
 
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """One step: in two passes with a closure, from `grad_sample` without."""
