@@ -11,6 +11,7 @@ from hookjac.accumulate import accumulate
 from hookjac.apart import demand_apart
 from hookjac.check import check
 from hookjac.errors import HookjacError
+from hookjac.explain import explain
 from hookjac.extend import extend
 from hookjac.jacobian import Jacobian
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
@@ -88,6 +89,7 @@ __all__ = [
     "check",
     "demand_apart",
     "empty_cache",
+    "explain",
     "extend",
     "load",
     "register",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hookjac.errors import HookjacError
+from hookjac.members import as_it_was
 from hookjac.samples import agree
 from hookjac.tape import Select, select
 
@@ -86,16 +87,6 @@ def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 def _run(model: nn.Module, given: list[Any], spec: Any, output: Select) -> Tensor:
     """[N, *out]: what the model gives, as if it had not been called."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    places = [(m, dict(m._buffers)) for m in model.modules()]  # a forward may put others in their place
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     args, kwargs = tree_unflatten([t.clone() if isinstance(t, Tensor) else t for t in given], spec)
-    try:
-        with torch.random.fork_rng(devices), torch.enable_grad():  # `select` looks for what requires grad
-            return select(model.forward(*args, **kwargs), output).detach()
-    finally:
-        for m, its in places:
-            m._buffers.update(its)
-        with torch.no_grad():
-            for b, before in buffers:
-                b.copy_(before)
+    with as_it_was(model), torch.enable_grad():  # `select` looks for what requires grad
+        return select(model.forward(*args, **kwargs), output).detach()

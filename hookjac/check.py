@@ -75,7 +75,7 @@ def check(
             "the model, called twice on the same inputs and random numbers, gave outputs that differ by "
             f"{float((again - before).abs().max()):.1e}: it keeps a state between calls. Put that back in its forward."
         )
-    told, rows = ext.explain().to_dict(), []
+    told, rows = ext.explain().to_dict()["parameters"], []
     draw = torch.Generator().manual_seed(seed)
     for name, p in trainable(twin).items():
         picks = _picks(p, entries, draw)

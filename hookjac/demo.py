@@ -139,7 +139,7 @@ def agreement(model: nn.Module, data: Digits, batch: int, entries: int) -> dict[
 
 
 def table(model: nn.Module, measured: Measured, agree: dict[str, float]) -> Table:
-    rows = measured.explanation.to_dict()
+    rows = measured.explanation.to_dict()["parameters"]
     N, title = measured.batch, f"{measured.batch} held-out digits, one backward, {measured.seconds * 1e3:.0f} ms"
     shapes = f"grad_sample [{N}, *p]   jac [{N}, 10, *p]   hess_diag [*p]   error: to loops"
     out = Table(title=title, caption=shapes, box=SIMPLE_HEAD, pad_edge=False)

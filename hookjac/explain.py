@@ -1,83 +1,116 @@
-"""Which road every parameter took in the last backward, and why."""
+"""`hookjac.explain`: roads and costs of a model, before any column walks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from hookjac.plan import Plan
-from hookjac.roads import Roads
-from hookjac.rule import lookup
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter: its layer, the road of its first-order results, the road of `hess_diag`."""
-
-    parameter: str
-    shape: tuple[int, ...]
-    layer: str
-    road: str
-    why: str
-    hessian: str = ""
+from hookjac.errors import HookjacError
+from hookjac.explanation import Called, Explanation
+from hookjac.extend import extend
+from hookjac.members import Members, as_it_was
+from hookjac.quantity import Quantity, names
+from hookjac.tape import Select, leaves, select
+from hookjac.watch import Start
 
 
-class Explanation:
-    """What `extend(...).explain()` returns: rows, printable."""
+def explain(
+    model: nn.Module,
+    inputs: Any,
+    *quantities: str | Quantity,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    output: Select = None,
+) -> Explanation:
+    """Which road every layer and every parameter will take, and what each quantity will cost, before it is paid.
 
-    def __init__(self, rows: Sequence[Row], flops: float = 0.0) -> None:
-        self.rows = list(rows)
-        self.flops = flops
+        print(hookjac.explain(model, x, loss_fn=lambda out: F.cross_entropy(out, y)))
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        return {row.parameter: asdict(row) for row in self.rows}
+    The model runs forward once, on the same random numbers as before and after, and what it keeps in buffers is put
+    back; no backward runs, and nothing of a result's size is made. inputs: a tensor, a tuple of arguments, or a dict of
+    them. quantities: names or records; all, if none are named. loss_fn: of what the model returns; if none is given,
+    half the sum of squares of the selected output. output: as for `extend`.
 
-    def __str__(self) -> str:
-        table = [("parameter", "shape", "layer", "road", "hess_diag", "why")]
-        for r in self.rows:
-            table.append((r.parameter, "x".join(map(str, r.shape)) or "()", r.layer, r.road, r.hessian, r.why))
-        widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-        if self.flops:
-            lines.append(f"hess_diag: about {self.flops:.1e} FLOPs")
-        return "\n".join(lines)
+    Returns an `Explanation`: tables of layers, of parameters and of quantities, for a terminal or a notebook, or as
+    data: `.rows`, `.layers`, `.quantities`, `.to_dict()`. FLOPs are counted from sizes; "backwards" are in units of a
+    plain one, and count the step's own, which carries a single column anyway. Curvature counts D columns, one for each
+    entry of a sample's outputs (under cross entropy one less will do). What would be refused says why.
 
-    __repr__ = __str__
-
-
-def explain(model: nn.Module, plan: Plan, roads: Roads | None) -> Explanation:
-    owners = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
-    rows = []
-    for p, name in plan.names.items():
-        uses = plan.uses.of.get(p, [])
-        owner = owners[p]
-        if uses and p in plan.glue:
-            road, why = "rule + masked columns", f"used by {uses[0].rule} and elsewhere"
-        elif uses:
-            road, why = "rule", ", ".join(dict.fromkeys(use.rule for use in uses))
-            why += f", {len(uses)} uses" if len(uses) > 1 else ""
-        elif p in plan.glue:
-            road, why = "masked columns", _why_not(owner)
-        elif p in plan.top.direct:
-            road, why = "shared equally", "only reached through a term of the loss that passes no sample"
-        else:
-            road, why = "zero", "not reached from the loss: unused in this forward, or detached"
-        if p in plan.top.direct and road != "shared equally":
-            why += "; a penalty on it is shared equally"
-        hessian = ""
-        if roads is not None:
-            hessian = roads.road[p]
-            if roads.why[p] not in ("rule", why):
-                why += f"; hess_diag: {roads.why[p]}"
-        rows.append(Row(name, tuple(plan.params[p].shape), type(owner).__name__, road, why, hessian))
-    return Explanation(rows, roads.flops if roads else 0.0)
+    Cost: a forward; where `hess_diag` is asked for and the model is not piecewise linear, also one column's walk, to
+    see where it bends.
+    """
+    asked = quantities or tuple(names())
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of what the model returns, got {type(loss_fn).__name__}")
+    args, kwargs = arguments(inputs)
+    block = _Foreseeing(model, *asked, output=output)
+    with block, as_it_was(model), torch.enable_grad():
+        with block.watching():
+            out = model(*args, **kwargs)
+        loss = _half_squares(select(out, output)) if loss_fn is None else loss_fn(out)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn must return the loss, a tensor, got {type(loss).__name__}")
+        loss.backward()
+    return block.foreseen
 
 
-def _why_not(owner: nn.Module) -> str:
-    rule = lookup(owner)
-    if rule is None:
-        return f"no rule could serve this use of a {type(owner).__name__}"
-    return f"the rule {rule.name!r} could not serve this call (used functionally, autocast, modified or samples moved)"
+class _Foreseeing(extend):
+    """A block whose backwards do not run, but are looked at."""
+
+    _passing = False
+    foreseen: Explanation
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._called: list[Called] = []
+
+    def _backward(self, start: Start) -> None:
+        assert self._service is not None
+        members = Members(self.model)
+        self.foreseen = self._service.foresee(start, members, members.trainable, self._called)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note the calls of layers: of modules without children, or with parameters of their own."""
+        names = Members(self.model).modules
+        begun: list[int] = []
+        sequence = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
+
+        def a_layer(module: nn.Module) -> bool:
+            own = any(p is not None for p in module._parameters.values())
+            return module in names and (own or not any(True for _ in module.children()))
+
+        def before(module: nn.Module, args: Any) -> None:
+            if a_layer(module):
+                begun.append(sequence())
+
+        def after(module: nn.Module, args: Any, out: Any) -> None:
+            if a_layer(module):
+                shape = next((tuple(t.shape) for _, t in leaves(out)), ())
+                last = sequence()
+                self._called.append(Called(names[module] or "(model)", type(module).__name__, shape, begun.pop(), last))
+
+        # behind our own, which must be the first to see what a layer made
+        hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of a call, from a tensor, a tuple or a dict."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def _half_squares(out: Tensor) -> Tensor:
+    if not out.is_floating_point():
+        raise HookjacError(f"the selected output is of {out.dtype}, which has no gradient: give loss_fn= or output=")
+    return out.square().sum() / 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hookjac import memory
 from hookjac.errors import HookjacError
-from hookjac.explain import Explanation
+from hookjac.explanation import Explanation
 from hookjac.jacobian import Jacobian
 from hookjac.members import Members
 from hookjac.operator import Curvature
@@ -55,6 +55,7 @@ class extend:
     parameters, and on tensors outside the forward, neither see nor change our results; see README, Limits, for others.
     """
 
+    _passing = True  # structures of this model that are known already may serve
     _alone: frozenset[str] = frozenset()  # attributes of parameters that no other open block may write
 
     def __init__(
@@ -133,7 +134,7 @@ class extend:
             demand_plain(params)
         self._service = Service(
             self.model, self.quantities, members, self._backward,
-            output=self._output, create_graph=self._create_graph, sharded=bool(self._shards),
+            output=self._output, create_graph=self._create_graph, sharded=bool(self._shards), passing=self._passing,
         )  # fmt: skip
         self._switch()
         self._open = True
@@ -189,10 +190,11 @@ class extend:
             self._service.held = {}
 
     def explain(self) -> Explanation:
-        """Which road every parameter took in the last backward of this block, and why."""
+        """Which road every layer and parameter took in the last backward of this block, and why; and of what was asked
+        for, how many columns, FLOPs and bytes, as sizes tell them. Before anything runs: `hookjac.explain`."""
         if self._service is None or self._service.explanation is None:
             raise HookjacError("explain() tells of the last backward inside the block; there was none yet")
-        return self._service.explanation
+        return self._service.explanation.asking(self.quantities)
 
     @property
     def hessian(self) -> Curvature:

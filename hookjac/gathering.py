@@ -19,7 +19,7 @@ from hookjac.graph import Edge
 from hookjac.plan import Plan
 from hookjac.route import Key
 
-_ENTRY = 60.0  # FLOPs that one pass over an entry in memory is worth
+ENTRY = 60.0  # FLOPs that one pass over an entry in memory is worth
 _STATION = 1e5  # FLOPs that the overhead of one call is worth
 _MEMORY = float(1 << 30)  # entries of columns alive at once; beyond, products are the only way
 BLOCK = 1 << 27  # entries of one dense block [N, D, D]: a gigabyte in float64
@@ -117,15 +117,15 @@ def _weighed(g: _Group, o: int, N: int) -> float:
     if g.unit:
         return float(N) * o
     if g.full:
-        return 2.0 * N * g.size * g.size * o + _ENTRY * N * g.size * o
-    return (2.0 if g.shared else _ENTRY) * N * g.size * o
+        return 2.0 * N * g.size * g.size * o + ENTRY * N * g.size * o
+    return (2.0 if g.shared else ENTRY) * N * g.size * o
 
 
 def _gathered(g: _Group, D: int, N: int) -> float:
     """What a group adds to a block [N, D, D]."""
     if g.unit:
-        return _ENTRY * N * (D if not g.full else D * D)
-    product = 2.0 * N * g.size * D * D + _ENTRY * N * (g.size * D + D * D)
+        return ENTRY * N * (D if not g.full else D * D)
+    product = 2.0 * N * g.size * D * D + ENTRY * N * (g.size * D + D * D)
     return product + (2.0 * N * g.size * g.size * D if g.full else 0.0)
 
 
@@ -161,7 +161,7 @@ def _places(
         found.append(
             _Place(
                 key,
-                work[key] * bool(data) + _ENTRY * passed,
+                work[key] * bool(data) + ENTRY * passed,
                 call is not None and call.rule.constant,
                 weighs,
                 bends,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 
 
@@ -36,3 +40,20 @@ class Members:
         for key, child in module._modules.items():
             if child is not None and child not in self.modules:
                 self._visit(child, f"{prefix}{key}.", seen)
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Around calls of a model that shall leave no trace: buffers and random numbers are afterwards as before."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    places = [(m, dict(m._buffers)) for m in model.modules()]  # a forward may put others in their place
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for m, its in places:
+            m._buffers.update(its)
+        with torch.no_grad():
+            for b, before in buffers:
+                b.copy_(before)

@@ -20,7 +20,7 @@ from torch import nn
 from hookjac.curvature import cut
 from hookjac.deliver import Cost
 from hookjac.described import Described, Structure
-from hookjac.explain import Explanation
+from hookjac.explanation import Explanation
 from hookjac.graph import Edge, Node, meta
 from hookjac.head import Bending, bending
 from hookjac.plan import Plan, reachable

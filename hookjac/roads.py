@@ -33,7 +33,7 @@ from hookjac.route import Columns, Group, Key, walk
 from hookjac.uses import Use, can_mix, received, straight
 
 _STATION = 1e5  # FLOPs that the overhead of one call is worth
-_PRODUCT = 4.0  # a double backward, in walks over the same stations
+PRODUCT = 4.0  # a double backward, in walks over the same stations
 
 
 @dataclass(eq=False)
@@ -216,7 +216,7 @@ class _Prices:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self.station = {key: _work(plan, key) for key in plan.route.order}
+        self.station = {key: station(plan, key) for key in plan.route.order}
         self._above: dict[Key, float] = {}  # a product towards this station
         total = 0.0
         for key in plan.route.order:
@@ -229,11 +229,11 @@ class _Prices:
         plan = self._plan
         if road == "features":
             key = plan.uses.of[p][0].key
-            return features(plan.route.outs[key][0], plan.N) * _PRODUCT * self._above[key]
-        return plan.params[p].numel() * _PRODUCT * self._whole
+            return features(plan.route.outs[key][0], plan.N) * PRODUCT * self._above[key]
+        return plan.params[p].numel() * PRODUCT * self._whole
 
 
-def _work(plan: Plan, key: Key) -> float:
+def station(plan: Plan, key: Key) -> float:
     size = float(sum(e.shape.numel() for e in plan.route.outs[key] if e.leaf is None))
     call = plan.route.calls.get(key)
     if call is not None:
@@ -242,6 +242,8 @@ def _work(plan: Plan, key: Key) -> float:
     if "mm" in type(key).__name__.lower():
         widths = [e.shape[-1] for e in plan.route.after[key] if e is not None and e.leaf is None and e.shape]
         return size * 2 * max(widths, default=1)
+    if type(key).__name__.startswith(("ConvolutionBackward", "CudnnConvolution")):
+        return size * 2 * key._saved_weight.shape[1:].numel()
     return size * 4
 
 

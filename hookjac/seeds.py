@@ -23,9 +23,10 @@ from hookjac.route import Columns, Group
 
 
 class Seeds:
-    """The columns of one backward. `asked`: each wish, with the name of a quantity that has it."""
+    """The columns of one backward. asked: each wish, with the name of a quantity that has it. start: make them; else
+    only find out whether and how they would be."""
 
-    def __init__(self, plan: Plan, asked: Mapping[Wish, str]) -> None:
+    def __init__(self, plan: Plan, asked: Mapping[Wish, str], *, start: bool = True) -> None:
         self.plan, self.asked = plan, asked
         self.start: dict[Edge, Columns] = {}
         self.loss = Group("loss", 1)  # it travels, too, where the Hessian's columns need it
@@ -35,8 +36,11 @@ class Seeds:
         self.stepwise: dict[Wish, Stepwise] = {}
         self.roads: Roads | None = None
         self.edges: list[Edge] = []  # where the loss ends and the network begins
+        self._bare: list[str] = []
         if plan.N:
-            self._seed()
+            self._foresee()
+            if start:
+                self._seed()
 
     def of(self, wish: Wish) -> list[Group]:
         """The groups that make up what was wished for."""
@@ -53,25 +57,30 @@ class Seeds:
     def _named(self, *kinds: type) -> str | None:
         return next((name for wish, name in self.asked.items() if isinstance(wish, kinds)), None)
 
-    def _seed(self) -> None:
+    def _foresee(self) -> None:
+        """What is refused, and the roads of the Hessian; nothing of the columns' size is made."""
         plan = self.plan
-        bare: list[str] = []
         if self._named(GGN, Sampled, Averaged, Diagonal, Hessian, Graph):
-            self.edges, bare = cut(plan)
+            self.edges, self._bare = cut(plan)
         C = sum(e.shape.numel() // plan.N for e in self.edges)
         C = C or (plan.selected[0].shape[1:].numel() if plan.selected else 0)
         below = [e for key in plan.needed for e in plan.route.outs[key] if e.leaf is None]
         widest = max((e.shape.numel() for e in below), default=0)
         refuse_many_columns(self.asked, C, widest, next(iter(plan.params.values())))
-        self._choose_roads(bare)
-        by_columns = self.roads is not None and bool(self.roads.active)
+        self._choose_roads(self._bare)
         gauss_newton = self._named(GGN, Sampled, Averaged, Diagonal) or (
             "ggn_mp" if Graph("ggn") in self.asked else None
         )
         if gauss_newton:
-            self._demand_outputs(gauss_newton, bare)
+            self._demand_outputs(gauss_newton, self._bare)
         if self._named(Loss):
             self._demand_summands()
+        if self._named(Output):
+            self._demand_one_output()
+
+    def _seed(self) -> None:
+        plan = self.plan
+        by_columns = self.roads is not None and bool(self.roads.active)
         bent = by_columns and self.roads is not None and bool(self.roads.curves or self.roads.crossings)
         if self._named(Loss, Diagonal) or bent:
             for edge, g in zip(plan.top.frontier, plan.top.gradients, strict=True):
@@ -111,10 +120,7 @@ class Seeds:
                 "inside the model's forward, or before the reduction; hess_diag and jac have no such limit."
             )
 
-    def _seed_outputs(self) -> None:
-        wishes = [wish for wish in self.asked if isinstance(wish, Output)]
-        if not wishes:
-            return
+    def _demand_one_output(self) -> None:
         selected = self.plan.selected
         if len(selected) != 1:
             raise HookjacError(
@@ -123,10 +129,19 @@ class Seeds:
                 "loss does not use the output that extend(output=...) selects, or that tensor was modified in place "
                 "after the model returned it. Or leave jac out."
             )
-        (edge,) = selected
-        rows = wanted_rows(
+        self._rows(selected[0])
+
+    def _rows(self, edge: Edge) -> list[int]:
+        return wanted_rows(
             [(wish, name) for wish, name in self.asked.items() if isinstance(wish, Output)], edge.shape[1:]
         )
+
+    def _seed_outputs(self) -> None:
+        wishes = [wish for wish in self.asked if isinstance(wish, Output)]
+        if not wishes:
+            return
+        (edge,) = self.plan.selected
+        rows = self._rows(edge)
         group = Group("output", len(rows))
         self._enter(group, [edge], self._units([edge], rows))
         for wish in wishes:

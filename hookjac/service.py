@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,19 @@ from hookjac.checkpoints import Recomputed
 from hookjac.described import Described, describe
 from hookjac.engine import Results, Walk
 from hookjac.errors import HookjacError
-from hookjac.explain import Explanation, explain
+from hookjac.explanation import Called, Explanation, tell
+from hookjac.graph import Edge
 from hookjac.loss import scalar
 from hookjac.members import Members
 from hookjac.operator import Curvature
 from hookjac.passage import Passage, known, passage_of, recall, remember
 from hookjac.passing import Pass, serves
-from hookjac.plan import make_plan
+from hookjac.plan import Plan, make_plan
 from hookjac.quantity import Quantity
-from hookjac.quantity.record import GGN, Graph, Hessian, Loss, Output, Sampled
+from hookjac.quantity.record import GGN, Graph, Hessian, Loss, Output, Sampled, Wish
+from hookjac.roads import Roads
 from hookjac.rule import foreign
+from hookjac.seeds import Seeds
 from hookjac.sharded import in_reach
 from hookjac.switches import QUIET_VMAP
 from hookjac.tape import Select, Tape
@@ -41,8 +45,9 @@ def light(quantities: Sequence[Quantity]) -> bool:
 class Service:
     """What an open block does for backwards inside it: hooks on the model, a watch for the start, results.
 
-    backward: what to call with a `Start` that was seen. held: the parameters at the beginning. explanation: which roads
-    the last backward took. operators: products with its curvature, where these were asked for.
+    backward: what to call with a `Start` that was seen. passing: False: never by what is known of structures. held: the
+    parameters at the beginning. explanation: which roads the last backward took. operators: products with its
+    curvature, where these were asked for.
     """
 
     def __init__(
@@ -55,12 +60,14 @@ class Service:
         output: Select,
         create_graph: bool,
         sharded: bool,
+        passing: bool = True,
     ) -> None:
         self.model, self.quantities, self._create_graph = model, quantities, create_graph
         self.held: dict[str, nn.Parameter] = members.trainable  # ids stay theirs while we compare them
         self.explanation: Explanation | None = None
         self.operators: dict[str, Curvature] = {}
         self._may_pass = light(quantities) and not create_graph and not sharded and not foreign(members.kinds)
+        self._may_pass = self._may_pass and passing
         # A layer's note holds no graph to what it saved; its autograd nodes do. And where the user's backward carries
         # the columns, nodes know all that is needed
         noted = not create_graph and not (self._may_pass and self._passes())
@@ -129,10 +136,9 @@ class Service:
         names = [q.name for q in self.quantities]
         return answer, {key: dict(zip(names, values, strict=True)) for key, values in zip(params, found, strict=True)}
 
-    def _planned(
-        self, start: Start, members: Members, params: dict[str, nn.Parameter], described: Described | None
-    ) -> Results | Passage:
-        """The results of a walk; or, of a graph that was described, the passage that makes one needless."""
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """While our own derivatives are made, by whatever modes the user's backward is surrounded."""
         # a graph made outside inference mode is differentiable inside it, but only once
         with (
             torch.inference_mode(False),
@@ -143,19 +149,63 @@ class Service:
             QUIET_VMAP,
         ):
             count = _hooks()
-            found = self._results(list(start.tensors), list(start.weights), members, params, described)
+            yield
             self._tape.hooks += _hooks() - count
-        return found
 
-    def _results(
+    def _planned(
+        self, start: Start, members: Members, params: dict[str, nn.Parameter], described: Described | None
+    ) -> Results | Passage:
+        """The results of a walk; or, of a graph that was described, the passage that makes one needless."""
+        with self._at_work(), Recomputed() as recomputed:
+            planned = functools.partial(self._plan, self._loss(start), members, params, recomputed)
+            plan = planned()
+            if described is not None:
+                passage = None
+                with contextlib.suppress(HookjacError):  # what is amiss, the walk will say
+                    by_nodes = planned(set(plan.route.calls))
+                    passage = passage_of(by_nodes, described, functools.partial(tell, self.model, plan))
+                remember(self.model, tuple(params), described, passage)
+                if passage is not None and serves(passage, self.quantities):
+                    return passage
+            quiet = functools.partial(self._watch.quiet, self.model)
+            walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
+            results = walk.run()
+            self.operators = walk.operators
+            self.explanation = _told(self.model, plan, walk.seeds.roads)
+        return results
+
+    def foresee(
+        self, start: Start, members: Members, params: dict[str, nn.Parameter], called: Sequence[Called]
+    ) -> Explanation:
+        """What this backward would take, and what of it would be refused. called: the calls of all layers."""
+        refused: dict[str, str] = {}
+        roads: dict[Wish, Roads | None] = {}
+        with self._at_work(), Recomputed() as recomputed:
+            plan = self._plan(self._loss(start), members, params, recomputed)
+            for q in self.quantities:
+                try:
+                    if q.wish not in roads:
+                        roads[q.wish] = Seeds(plan, {q.wish: q.name}, start=False).roads
+                    Walk(plan, [q], contextlib.nullcontext)  # looks at sizes only
+                except HookjacError as error:
+                    refused[q.name] = str(error)
+            found = next((r for r in roads.values() if r is not None), None)
+            return tell(self.model, plan, found, called).asking(self.quantities, refused)
+
+    def _plan(
         self,
-        tensors: list[Tensor],
-        weights: list[Tensor | None],
+        loss: Tensor,
         members: Members,
         params: dict[str, nn.Parameter],
-        described: Described | None,
-    ) -> Results | Passage:
-        for t in tensors:
+        recomputed: Recomputed,
+        rejected: Collection[Edge] = (),
+    ) -> Plan:
+        held = {id(p): name for name, p in self.held.items()}
+        current = {id(p) for p in members.params.values()}
+        return make_plan(self._tape, loss, params, held, current, recomputed, rejected)
+
+    def _loss(self, start: Start) -> Tensor:
+        for t in start.tensors:
             if not isinstance(t, Tensor):
                 raise HookjacError(
                     f"backward was started from a {type(t).__name__}, expected a tensor: pass the loss itself."
@@ -167,25 +217,29 @@ class Service:
                 elif not self._tape.calls_without_grad:
                     why = "something between the model and the loss detached it"
                 raise HookjacError(f"the loss does not require grad: {why}.")
-        loss = scalar(tensors, weights)
-        held = {id(p): name for name, p in self.held.items()}
-        current = {id(p) for p in members.params.values()}
-        with Recomputed() as recomputed:
-            plan = make_plan(self._tape, loss, params, held, current, recomputed)
-            if described is not None:
-                passage = None
-                with contextlib.suppress(HookjacError):  # what is amiss, the walk will say
-                    by_nodes = make_plan(self._tape, loss, params, held, current, recomputed, set(plan.route.calls))
-                    passage = passage_of(by_nodes, described, functools.partial(explain, self.model, plan))
-                remember(self.model, tuple(params), described, passage)
-                if passage is not None and serves(passage, self.quantities):
-                    return passage
-            quiet = functools.partial(self._watch.quiet, self.model)
-            walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
-            results = walk.run()
-            self.operators = walk.operators
-            self.explanation = explain(self.model, plan, walk.seeds.roads)
-        return results
+        return scalar(list(start.tensors), list(start.weights))
+
+
+# model -> the last plan that was explained, as far as an explanation depends on it, and that explanation
+_TOLD: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Explanation]] = weakref.WeakKeyDictionary()
+
+
+def _told(model: nn.Module, plan: Plan, roads: Roads | None) -> Explanation:
+    """Explained once, for steps that are all alike: it takes a tenth of a small net's walk."""
+    route = plan.route
+    stations = [(type(k), route.calls[k].name if k in route.calls else "") for k in route.order]
+    its = (
+        plan.N,
+        list(plan.names.values()),
+        stations,
+        [e.shape for outs in route.outs.values() for e in outs if e.leaf is None],
+        (plan.glue, set(plan.top.direct), {p: len(uses) for p, uses in plan.uses.of.items()}),
+        None if roads is None else (roads.road, roads.why, roads.flops),
+    )
+    known = _TOLD.get(model)
+    if known is None or known[0] != its:
+        known = _TOLD[model] = its, tell(model, plan, roads)
+    return known[1]
 
 
 def _hooks() -> int:

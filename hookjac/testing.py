@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hookjac import tables
 from hookjac.extend import extend
 from hookjac.quantity import Jac
 from hookjac.rule import lookup
@@ -153,8 +154,7 @@ class Report:
         table = [("parameter", "quantity", "road", "error", "", "why")]
         table += [(r.parameter, r.quantity, r.road, r.shapes or f"{r.error:.0e}", "ok" if r.fine else "WRONG", r.why)
                   for r in self.rows]  # fmt: skip
-        widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+        return tables.plain(table)
 
     __repr__ = __str__
 
@@ -231,7 +231,7 @@ def _check(
     with extend(model, *asked) as ext:
         output = run()
         loss(output).backward()
-    told, rows = ext.explain().to_dict(), []
+    told, rows = ext.explain().to_dict()["parameters"], []
     for name, p in trainable(model).items():
         for q in asked:
             road = told[name]["hessian"] if q == "hess_diag" else told[name]["road"]

@@ -268,7 +268,7 @@ def test_unused_and_frozen_parameters() -> None:
     assert torch.equal(model.spare.grad_sample, torch.zeros(N, 3))
     assert torch.equal(model.spare.jac, torch.zeros(N, C, 3))
     assert torch.equal(model.spare.hess_diag, torch.zeros(3))
-    assert "not reached" in ext.explain().to_dict()["spare"]["why"]
+    assert "not reached" in ext.explain().to_dict()["parameters"]["spare"]["why"]
 
 
 def test_functional_call_reaches_the_true_leaf() -> None:
@@ -296,5 +296,9 @@ def test_explain_prints_a_row_for_each_parameter() -> None:
         model(torch.randn(N, D)).square().sum().backward()
     text = str(ext.explain())
     assert all(name in text for name, _ in model.named_parameters())
-    assert ext.explain().to_dict()["s"]["road"] == "masked columns"
-    assert ext.explain().to_dict()["t"]["road"] == ext.explain().to_dict()["a.weight"]["road"] == "rule"
+    assert ext.explain().to_dict()["parameters"]["s"]["road"] == "masked columns"
+    assert (
+        ext.explain().to_dict()["parameters"]["t"]["road"]
+        == ext.explain().to_dict()["parameters"]["a.weight"]["road"]
+        == "rule"
+    )

@@ -134,7 +134,7 @@ def forced(at: tuple[int, ...], taken: list[Any], *args: Any) -> Gathering:
 def test_no_block_is_too_large(name: str, limit: int, planned: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gathering, "BLOCK", limit)
     monkeypatch.setattr(gathering, "_STATION", 0.0)
-    monkeypatch.setattr(gathering, "_ENTRY", 0.01)
+    monkeypatch.setattr(gathering, "ENTRY", 0.01)
     check(name, road="columns")
     ((places, found),) = planned
     assert found.at <= {place.key for place in places}
@@ -193,13 +193,13 @@ def test_automatic_choice_takes_every_road(monkeypatch: pytest.MonkeyPatch) -> N
     """With prices that favour one or the other, numbers stay."""
     taken = set()
     for price in (1e-9, 1e9):
-        monkeypatch.setattr(roads, "_PRODUCT", price)
+        monkeypatch.setattr(roads, "PRODUCT", price)
         build, shape = NETS["alike"]
         torch.manual_seed(0)
         model, x = build(), torch.randn(N, *shape)
         with extend(model, "hess_diag") as ext:
             random_loss(model(x)).backward()
-        taken |= {row["hessian"] for row in ext.explain().to_dict().values()}
+        taken |= {row["hessian"] for row in ext.explain().to_dict()["parameters"].values()}
         check("alike")
     assert taken == {"features", "columns"}
 

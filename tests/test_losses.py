@@ -114,7 +114,7 @@ def test_penalty_only_on_an_unused_parameter() -> None:
     close(model.spare.grad_sample[0], model.spare.grad / N, "shared equally")
     close(model.spare.hess_diag, 6 * model.spare.detach(), "hess_diag")
     close(model.spare.ggn_diag, 6 * model.spare.detach(), "ggn_diag")
-    assert ext.explain().to_dict()["spare"]["road"] == "shared equally"
+    assert ext.explain().to_dict()["parameters"]["spare"]["road"] == "shared equally"
 
 
 def both(m: Any, x: Tensor) -> dict[str, Tensor]:

@@ -235,7 +235,7 @@ def test_why_a_parameter_got_nothing_is_said() -> None:
     model = Fn(lambda m, x: m.a(x), a=nn.Linear(D, C), unused=nn.Linear(D, C))
     with extend(model, "grad_sample") as ext:
         random_loss(model(torch.randn(N, D))).backward()
-    assert "not reached from the loss" in ext.explain().to_dict()["unused.weight"]["why"]
+    assert "not reached from the loss" in ext.explain().to_dict()["parameters"]["unused.weight"]["why"]
     assert not model.unused.weight.grad_sample.any()
 
 

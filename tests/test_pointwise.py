@@ -27,7 +27,7 @@ def pulled(act: nn.Module, x: torch.Tensor, loss: Callable[[torch.Tensor], torch
     model = nn.Sequential(below, act)
     with extend(model, "grad_sample") as ext:
         loss(model(torch.zeros(1, 1))).backward()
-    assert ext.explain().to_dict()["0.bias"]["road"] == "rule"
+    assert ext.explain().to_dict()["parameters"]["0.bias"]["road"] == "rule"
     return below.bias.grad_sample[0]
 
 
@@ -75,7 +75,7 @@ def test_random_masks_are_those_drawn(kind: type[nn.Module]) -> None:
     with extend(model := nn.Sequential(below, act), "grad_sample", "jac") as ext:
         out = model(x)
         out.square().sum().backward()
-    assert ext.explain().to_dict()["bias" if False else "0.bias"]["road"] == "rule"
+    assert ext.explain().to_dict()["parameters"]["bias" if False else "0.bias"]["road"] == "rule"
     close(below.bias.grad_sample.sum(0), below.bias.grad, kind.__name__)
     close(below.weight.grad_sample.sum(0), below.weight.grad, kind.__name__)
     slope = (2 * out).detach().flatten(1)

@@ -91,7 +91,7 @@ def test_a_patched_instance_is_still_exact() -> None:
     model[2].forward = lambda x: inner(x).exp()  # type: ignore[method-assign]
     with extend(model, "grad_sample", "hess_diag") as ext:
         model(torch.randn(4, 3)).square().sum().backward()
-    assert ext.explain().to_dict()["2.weight"]["why"].startswith("linear map")  # its node, not its module
+    assert ext.explain().to_dict()["parameters"]["2.weight"]["why"].startswith("linear map")  # its node, not its module
     for p in model.parameters():
         assert torch.allclose(p.grad_sample.sum(0), p.grad)
 
