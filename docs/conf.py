@@ -11,6 +11,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
 html_theme = "furo"
+html_show_copyright = False
 html_title = "hookjac"
 html_static_path = ["static"]
 html_css_files = ["site.css"]

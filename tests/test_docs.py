@@ -75,6 +75,15 @@ def test_the_page_for_those_who_come_from_elsewhere_runs() -> None:
     assert said.getvalue() == "torch.Size([10, 3, 10, 3])\n"
 
 
+@pytest.mark.parametrize("page", ["per_sample", "jacobians", "hessian_diagonal"])
+def test_pages_on_how_to_run(page: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    names: dict[str, object] = {"__name__": "page"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for snippet in re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.S):
+            exec(snippet, names)
+
+
 def test_optimizers_have_docstrings() -> None:
     for module, names in ((optim, optim.__all__), (plot, own(plot))):
         for name in names:
