@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookjac.errors import HookjacError
+from hookjac.errors import HookjacError, needed_by
 from hookjac.factor import Dense, Lookup, Outer, Sum, Unfolded
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
 from hookjac.structured import JacTensor
@@ -31,9 +31,14 @@ _KINDS = {"results": "a saved result", "sums": "a checkpoint of accumulate"}
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
+def _stream() -> contextlib.AbstractContextManager[None]:
+    return needed_by("a file of results", "hookjac[stream]")
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """A safetensors file that is there as a whole or not at all."""
-    from safetensors.torch import save_file
+    with _stream():
+        from safetensors.torch import save_file
 
     apart = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -49,7 +54,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
 
 def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Its tensors and its note. kind: "results" or "sums", what the file must hold."""
-    from safetensors import SafetensorError, safe_open
+    with _stream():
+        from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
@@ -76,6 +82,9 @@ def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def demand_place(path: Path) -> None:
     """Can a file be written there? Better known before the work than after it."""
+    with _stream():
+        import numpy as numpy  # safetensors cannot write without it, but does not install it
+        import safetensors as safetensors
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
         raise HookjacError(f"{path} {what}; give the path of a file that can be written")

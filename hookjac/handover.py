@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookjac.errors import needed_by
+
 
 def to_scipy(operator: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A `scipy.sparse.linalg.LinearOperator`."""
-    from scipy.sparse.linalg import LinearOperator
+    with needed_by("to_scipy", "scipy"):
+        from scipy.sparse.linalg import LinearOperator
 
     def through(one: Any) -> Callable[[Any], Any]:
         return lambda v: (one @ torch.as_tensor(v, dtype=dtype, device=device)).detach().cpu().numpy()
@@ -38,7 +41,8 @@ def to_curvlinops(
 
 @functools.cache
 def _torch_kind() -> Any:
-    from curvlinops._torch_base import PyTorchLinearOperator
+    with needed_by("to_curvlinops", "curvlinops-for-pytorch<4"):
+        from curvlinops._torch_base import PyTorchLinearOperator
 
     class Wrapped(PyTorchLinearOperator):  # type: ignore[misc]
         dtype: Any = None  # properties of the class above, which raise
@@ -63,7 +67,8 @@ def _torch_kind() -> Any:
 
 @functools.cache
 def _kind() -> Any:
-    from linear_operator import LinearOperator
+    with needed_by("as_linear_operator", "linear_operator"):
+        from linear_operator import LinearOperator
 
     class Wrapped(LinearOperator):  # type: ignore[misc]
         """Its one tensor says of which type and where it is; the operator itself is no tensor."""

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hookjac.errors import HookjacError
+from hookjac.errors import HookjacError, needed_by
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
 
 if TYPE_CHECKING:
@@ -284,10 +284,8 @@ class _style:
     """matplotlib, in our manner for as long as the block lasts."""
 
     def __enter__(self) -> Any:
-        try:
+        with needed_by("hookjac.plot", "hookjac[plot]"):
             import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise HookjacError(f"hookjac.plot needs matplotlib ({error}): pip install 'hookjac[plot]'") from error
         self._context = plt.rc_context(_LOOK)  # type: ignore[arg-type]
         self._context.__enter__()
         return plt

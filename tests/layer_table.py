@@ -25,7 +25,8 @@ refused is exact, with or without a rule of its own.
 - **input**: how columns pass to the layer's input: by a rule, or by the formula of autograd's own nodes, batched.
 - **parameters**: what gives each sample's part: a rule for the module, a rule for the node that it leaves ("linear
   map", "convolution", ...), or columns masked by sample (exact for anything; N times the work of that stretch).
-- **Hessian diagonal**: by columns (closed form of the curvature), or by Hessian-vector products, one for each entry.
+- **Hessian diagonal**: by columns (closed form of the curvature), or by Hessian-vector products, one for each
+  output feature ("features", for layers that are used once) or one for each entry of the parameter ("entries").
 
 | module | input | parameters | Hessian diagonal |
 |---|---|---|---|

@@ -18,6 +18,7 @@ from oracle import close, compare, expected, trainable
 from torch import Tensor, nn
 
 from hookjac import extend
+from hookjac.switches import MATH_ATTENTION
 
 Y = torch.tensor([0, 2, 1, 2])
 DEFAULT = ("grad_sample", "jac", "hess_diag")
@@ -123,6 +124,32 @@ def test_several_steps_in_one_block() -> None:
             for p in model.parameters():
                 close(p.grad_sample.sum(0), p.grad, "sum")
             optimizer.step()
+
+
+def test_a_switch_may_be_turned_back_on_another_thread() -> None:
+    """The block that turned it closes first; the one that turns it back lives on a thread of its own."""
+    opened, closed = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+    before = torch.backends.cuda.flash_sdp_enabled()
+
+    def work() -> None:
+        try:
+            with MATH_ATTENTION:
+                opened.set()
+                closed.wait(10)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    with MATH_ATTENTION:
+        thread.start()
+        opened.wait(10)
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    closed.set()
+    thread.join()
+    assert not failures, failures[0]
+    assert before
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_two_threads_with_two_models() -> None:

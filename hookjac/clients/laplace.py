@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from laplace import DiagLaplace, FullLaplace, KronLaplace, LLLaplace, ParametricLaplace, SubnetLaplace
-from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
-from laplace.utils.matrix import KronDecomposed
 from torch import Tensor, nn
 
-from hookjac.clients.laplace_kron import Blocks, Fisher, Sharing, entries, kron_of
-from hookjac.errors import HookjacError
+from hookjac.clients.laplace_kron import LAPLACE, Blocks, Fisher, Sharing, entries, kron_of
+from hookjac.errors import HookjacError, needed_by
 from hookjac.extend import extend
 from hookjac.jacobian import Jacobian
 from hookjac.kronecker import Kronecker, KroneckerEigen
 from hookjac.quantity import Quantity
+
+with needed_by(*LAPLACE):
+    from laplace import DiagLaplace, FullLaplace, KronLaplace, LLLaplace, ParametricLaplace, SubnetLaplace
+    from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
+    from laplace.utils.matrix import KronDecomposed
 
 Inputs = Tensor | MutableMapping[str, Any]
 

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from laplace.utils.matrix import Kron
 from torch import Tensor, nn
 
-from hookjac.errors import HookjacError
+from hookjac.errors import HookjacError, needed_by
 from hookjac.factor import Dense, Factor, Lookup, Outer
 from hookjac.kronecker import Kronecker
 from hookjac.quantity import KFAC, Quantity, Received
+
+LAPLACE = ("hookjac.clients.laplace", "laplace-torch>=0.3,<0.4")  # who needs it, what to install
+with needed_by(*LAPLACE):
+    from laplace.utils.matrix import Kron
 
 LARGEST = 1 << 13  # entries of a matrix whose whole block is kept: half a gigabyte in float64
 NAME = "laplace_kron"  # the attribute that a walk leaves on parameters

@@ -14,20 +14,22 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
-import opacus
 import torch
-from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
-from opacus.grad_sample.gsm_no_op import GradSampleHooksNoOp
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
-from opacus.validators import ModuleValidator
-from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 
 from hookjac.apart import demand_apart
-from hookjac.errors import HookjacError
+from hookjac.errors import HookjacError, needed_by
 from hookjac.extend import extend
 from hookjac.quantity import GradSample, GradSampleNorm, Quantity
+
+with needed_by("hookjac.clients.opacus", "opacus>=1.5"):
+    import opacus
+    from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
+    from opacus.grad_sample.gsm_no_op import GradSampleHooksNoOp
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+    from opacus.validators import ModuleValidator
+    from opacus.validators.errors import UnsupportedModuleError
 from hookjac.tape import Select
 
 Reduction = Literal["mean", "sum"]
