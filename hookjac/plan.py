@@ -7,7 +7,6 @@ autograd's own nodes. Roads of second order are chosen in `curvature`.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,15 +15,14 @@ from torch import Tensor, nn
 
 from hookjac.checkpoints import Recomputed
 from hookjac.errors import HookjacError
-from hookjac.graph import Edge, edge_of, meta
+from hookjac.graph import Edge, edge_of
+from hookjac.layouts import Placed, layouts_below
 from hookjac.loss import Top, top
 from hookjac.products import second_backward
-from hookjac.route import Columns, Group, Key, Route, Stop, walk
-from hookjac.rule import Call, node_rule
-from hookjac.samples import Layout, agree, find, random, scaled, scales
+from hookjac.route import Key, Route
+from hookjac.samples import Layout
 from hookjac.sharded import is_spread
-from hookjac.structure import placed
-from hookjac.tape import Tape, mixing_batchnorm
+from hookjac.tape import Tape
 from hookjac.uses import Uses, find_uses
 
 
@@ -133,7 +131,7 @@ def make_plan(
         selected, outputs, N = _outputs(route)
         _check_parameters(route, names, known, current)
         needed = route.needed(names.keys())
-        layout, unfit, certain = _survey(route, outputs, N, needed, names, {})
+        layout, unfit, certain = layouts_below(route, outputs, N, needed, names, {})
         if not unfit:
             part, (layout, unfit, sure) = _join(loss, route, outputs, N, needed, names, layout)
             certain = certain and sure and part.certain
@@ -144,10 +142,6 @@ def make_plan(
         rejected |= unfit  # these layers go by autograd's nodes; look again
 
 
-# layouts; layers whose rule cannot serve theirs; whether all that follows from structure
-Survey = tuple[dict[Edge, Layout], set[Edge], bool]
-
-
 def _join(
     loss: Tensor,
     route: Route,
@@ -156,16 +150,16 @@ def _join(
     needed: set[Key],
     names: Mapping[int, str],
     layout: dict[Edge, Layout],
-) -> tuple[Top, Survey]:
+) -> tuple[Top, Placed]:
     """The loss's part of the graph, and the layouts between it and the outputs."""
     sampled = {edge for edge in layout if route.with_data(route.key(edge))} | set(outputs)
     # a first axis may have the right size by chance (N tokens kept by a mask, N classes): then the outputs decide
     with contextlib.suppress(HookjacError):
         part = top(loss, route, sampled, N, names)
-        return part, _survey(route, part.frontier, N, needed, names, layout)
+        return part, layouts_below(route, part.frontier, N, needed, names, layout)
     part = top(loss, route, sampled, N, names, low=True)
     part.certain = False  # the values of the first attempt spoke
-    return part, _survey(route, part.frontier, N, needed, names, layout)
+    return part, layouts_below(route, part.frontier, N, needed, names, layout)
 
 
 def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:
@@ -258,153 +252,3 @@ def _check_parameters(
 
 def _like(t: Tensor) -> tuple[int, torch.dtype, torch.Size]:
     return t.data_ptr(), t.dtype, t.shape
-
-
-def _survey(
-    route: Route,
-    starts: list[Edge],
-    N: int,
-    needed: set[Key],
-    names: Mapping[int, str],
-    known: Mapping[Edge, Layout],
-) -> Survey:
-    """Find the samples below `starts`, by structure if it tells, else by probing."""
-    if all(edge in known for edge in starts):
-        return dict(known), set(), True
-    found = placed(route, starts, N, needed | {route.key(edge) for edge in starts})
-    if found is None or any(found.get(edge, layout) != layout for edge, layout in known.items()):
-        return *_probe(route, starts, N, needed, names, known), False
-    layout, unfit = dict(known), set[Edge]()
-    for edge, its in found.items():
-        if edge not in known:
-            if its is not None:
-                layout[edge] = its
-            if _unfit(route, edge, layout, names):
-                unfit.add(edge)
-    return layout, unfit, True
-
-
-def _unfit(route: Route, edge: Edge, layout: Mapping[Edge, Layout], names: Mapping[int, str]) -> bool:
-    """A layer whose rule cannot serve the layout of its output. Raises where that cannot be meant."""
-    key = route.key(edge)
-    call = route.calls.get(key)
-    serves = call is not None and any(id(p) in names for p in call.params.values())
-    if edge in layout and (why := _refusal(key, call if serves else None, layout[edge])):
-        raise HookjacError(
-            f"the first axis of the model's output does not count samples: {why}. The output must have the "
-            "batch first; add it with unsqueeze(0) for a single sample."
-        )
-    return bool(serves and call and not (edge in layout and call.rule.fits(call, layout[edge])))
-
-
-def _probe(
-    route: Route,
-    starts: list[Edge],
-    N: int,
-    needed: set[Key],
-    names: Mapping[int, str],
-    known: Mapping[Edge, Layout],
-) -> tuple[dict[Edge, Layout], set[Edge]]:
-    """Find the samples below `starts`, down to tensors where they are `known`; there they must agree.
-
-    Also returns the layers whose rule cannot serve the layout that was found.
-    """
-    layout = dict(known)
-    unfit: set[Edge] = set()
-    hidden: list[Edge] = []  # outputs at which the probe vanished, under a layer of zeros
-    if N == 0:
-        return {e: Layout(0) for key in route.order for e in route.outs[key] if e.shape[:1] == (0,)}, unfit
-    plain, times = Group("probe", 1, alone=True), Group("scaled probe", 1, alone=True)
-    seeds: dict[Edge, Columns] = {}
-    for edge in starts:
-        shape, dtype, device = meta(edge)
-        u = random(shape, len(seeds), device, dtype)
-        seeds[edge] = {plain: u[None], times: scaled(u, scales(N, device, dtype), Layout(N))[None]}
-    starting = {route.key(edge) for edge in starts}
-    consumers = _consumers(route, needed | starting)
-    for stop in walk(route, seeds, needed | starting):
-        _calm(stop, plain)
-        for edge, columns in stop.incoming.items():
-            if edge.leaf is not None:
-                continue
-            u, su = columns[plain][0], columns[times][0]
-            factors = scales(N, u.device, u.dtype)
-            if edge in known:
-                if not agree(su, scaled(u, factors, known[edge]), route.rounding):
-                    raise _entangled(route, edge)
-                stop.outgoing = {}
-                continue
-            if edge in starts:
-                if not agree(su, scaled(u, factors, Layout(N)), route.rounding):
-                    raise _entangled(route, edge)
-                layout[edge] = Layout(N)
-            elif found := find(u, su, factors, route.rounding) or _inherited(route, u, consumers.get(edge, ()), layout):
-                layout[edge] = found
-            elif norm := next((k for k in consumers.get(edge, ()) if _batch_statistics(k)), None):
-                raise mixing_batchnorm(f"a functional batch norm ({type(norm).__name__})")
-            elif edge.shape[:1] == (N,) and (mark := route.mark(edge)) and mark.output and not bool(u.any()):
-                hidden.append(edge)
-            if _unfit(route, edge, layout, names):
-                unfit.add(edge)
-    if hidden:
-        layout, more = _probe(route, hidden[:1], N, needed, names, layout)
-        unfit = {edge for edge in unfit | more if _unfit(route, edge, layout, names)}
-    return layout, unfit
-
-
-def _refusal(key: Key, call: Call | None, layout: Layout) -> str | None:
-    if call is not None:
-        why = call.rule.refuses(call, layout)
-        return why and f"at layer {call.name!r} (input {tuple(call.x.shape)}) {why}"
-    rule = node_rule(key)
-    return None if rule is None else rule.refuses(key, layout)
-
-
-def _consumers(route: Route, keys: Collection[Key]) -> dict[Edge, list[Key]]:
-    found: dict[Edge, list[Key]] = {}
-    for key in route.order:
-        if key in keys:
-            for edge in route.after[key]:
-                if edge is not None:
-                    found.setdefault(edge, []).append(key)
-    return found
-
-
-def _calm(stop: Stop, plain: Group) -> None:
-    """Keep the probe's size: in a deep net it would vanish or overflow. Both columns shrink by one power of two."""
-    for columns in stop.outgoing.values():
-        top = columns[plain].abs().max() if columns[plain].numel() else columns[plain].new_zeros(())
-        if 0 < top < 1e-3 or 1e3 < top < math.inf:
-            for group, t in columns.items():
-                columns[group] = t * torch.exp2(-top.log2().round())
-
-
-def _inherited(route: Route, u: Tensor, consumers: Collection[Key], layout: Mapping[Edge, Layout]) -> Layout | None:
-    """The layout of a tensor at which the probe vanished (a saturated activation, a layer that begins at zero).
-
-    Rules leave the samples where they are; a tensor that only they use has the layout of what they make of it.
-    """
-    if bool((u != 0).any()) or not all(key in route.calls for key in consumers):
-        return None
-    found = {layout.get(key) for key in consumers}
-    return found.pop() if len(found) == 1 else None
-
-
-def _batch_statistics(key: Key) -> bool:
-    """A batch norm with the statistics of several rows; with one row it is how PyTorch writes an instance norm."""
-    name = type(key).__name__
-    return name.endswith("BatchNormBackward0") and bool(getattr(key, "_saved_training", False)) and _rows(key) > 1
-
-
-def _rows(key: Key) -> int:
-    return Edge(key, 0).shape[0]
-
-
-def _entangled(route: Route, edge: Edge) -> HookjacError:
-    mark = route.mark(edge)
-    what = (mark.output or (mark.note and f"layer {mark.note.name!r}")) if mark else None
-    return HookjacError(
-        f"the loss mixes samples: its gradient at {what or 'a tensor'} of shape {tuple(edge.shape)} couples rows of "
-        "the first axis. Per-sample quantities need a loss that is a sum (or mean) over samples, and outputs whose "
-        "first axis counts them."
-    )

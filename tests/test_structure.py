@@ -15,7 +15,7 @@ from test_losses import LOSSES, SEQUENCES
 from test_models import OWN
 from torch import Tensor, nn
 
-from hookjac import HookjacError, curvature, extend, loss, plan, roads, structure
+from hookjac import HookjacError, curvature, extend, layouts, loss, plan, roads, structure
 from hookjac.graph import Bend, Edge
 from hookjac.samples import Layout
 
@@ -27,7 +27,7 @@ class Witness:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.told = self.silent = self.separable = 0
-        patch.setattr(plan, "placed", self.placed)
+        patch.setattr(layouts, "placed", self.placed)
         patch.setattr(loss, "separable", self.sums)
         self._placed, self._sums = structure.placed, structure.separable
 
@@ -38,7 +38,7 @@ class Witness:
             return None
         self.told += 1
         names = {id(leaf): "p" for key in route.order if (leaf := route.leaf(key)) is not None}
-        probed, _ = plan._probe(route, starts, N, needed, names, {})
+        probed, _ = layouts.probe(route, starts, N, needed, names, {})
         for edge, layout in found.items():
             if layout is not None and edge in probed:  # where a probe vanished, nothing is known
                 assert layout == probed[edge], (type(edge.node).__name__, edge.shape)
