@@ -31,7 +31,8 @@ ORDER = [
     "watch", "described", "route", "structure", "uses", "kinks", "layouts", "loss", "plan", "gathering", "handover",
     "operator", "kronecker", "structured", "jacobian", "quantity", "sums", "ranks", "distributed", "limits", "head",
     "curvature", "roads", "seeds", "engine", "survey", "explanation", "passage", "reading", "passing", "service",
-    "extend", "explain", "files", "saving", "accumulate", "testing", "check", "plot", "", "clients", "optim", "demo", "__main__",
+    "extend", "explain", "files", "saving", "accumulate", "testing", "check", "plot", "", "clients", "optim", "demo",
+    "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity", "clients", "optim"]
 
