@@ -74,6 +74,7 @@ class Service:
         self._watch.open()
 
     def close(self) -> None:
+        """May be done again, if it was interrupted."""
         self._watch.close()
         self._tape.remove()
 
@@ -140,7 +141,7 @@ class Service:
             self._watch.quiet(self.model),
             _compiled(),
             in_reach(),
-            QUIET_VMAP,
+            QUIET_VMAP.held(),
         ):
             count = _hooks()
             found = self._results(list(start.tensors), list(start.weights), members, params, described)
