@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 import threading
 import weakref
@@ -149,6 +150,7 @@ def _listed(names: Any) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
+_INSTALLED: weakref.WeakSet[Tape] = weakref.WeakSet()
 _WARY = (nn.modules.batchnorm._BatchNorm, nn.DataParallel)  # may have to be refused before they run
 _FAILED: Any = object()  # after an error, torch calls hooks without keyword arguments
 
@@ -180,6 +182,7 @@ class Tape:
         if not (self.rules or self._wary):
             before, after = self._of_the_model(before), self._of_the_model(after)
         self._own = [before, after]
+        _INSTALLED.add(self)
         self._handles.append(hooks.register_module_forward_pre_hook(before))
         # after errors too: whatever stepped aside for the forward must come back
         self._handles.append(hooks.register_module_forward_hook(after, with_kwargs=True, always_call=True))
@@ -205,6 +208,7 @@ class Tape:
             hooks._global_forward_hooks_with_kwargs.pop(number, None)
             hooks._global_forward_hooks_always_called.pop(number, None)
         self._forget_the_last()
+        _INSTALLED.discard(self)
         self._own, self._handles = [], []
 
     def _forget_the_last(self) -> None:
@@ -321,6 +325,16 @@ class Tape:
             mark = self._note(chosen)
             mark.selected = True
             mark.output = mark.output or "output"
+
+
+def _in_a_child() -> None:
+    """A process that was forked inside a block (a worker of a DataLoader) is not the block's."""
+    for tape in list(_INSTALLED):
+        tape.remove()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_child)
 
 
 def _unfit_output(chosen: Tensor) -> HookjacError:

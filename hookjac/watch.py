@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -214,6 +215,15 @@ def open_blocks() -> list[Any]:
     alive: list[Any] = [watch._backward() for watch in _here()]
     return [backward.__self__ for backward in alive if backward is not None]
 
+
+def _in_a_child() -> None:
+    """A process that was forked inside a block (a worker of a DataLoader) is not the block's."""
+    for watch in _here():
+        watch._open = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_child)
 
 _retain_grad = torch.Tensor.retain_grad
 
