@@ -169,7 +169,7 @@ class _Run:
         device = next(iter(self.params.values())).device if self.params else None
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
         measuring = [replace(q, reduce=measured(q)) for q in self.asked]
-        before = {name: {q.name: vars(p).pop(q.name, None) for q in self.asked} for name, p in self.params.items()}
+        before = {name: {q.name: vars(p).get(q.name) for q in self.asked} for name, p in self.params.items()}
         found: dict[str, dict[str, Measured]] = {}
         try:
             with extend(self.model, *measuring, output=self.output):
@@ -177,11 +177,11 @@ class _Run:
                 torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
                 found = {name: {q.name: vars(p).pop(q.name) for q in self.asked} for name, p in self.params.items()}
         finally:
-            for name, p in self.params.items():
-                for attribute, value in before[name].items():
-                    vars(p).pop(attribute, None)
-                    if value is not None:
-                        setattr(p, attribute, value)
+            try:
+                self._put_back(before)
+            except BaseException:
+                self._put_back(before)
+                raise
         if self.reduction == "sum":
             for name, its in found.items():
                 if any(one.penalised for one in its.values()):
@@ -191,6 +191,13 @@ class _Run:
                         "afterwards, or use reduction='mean'."
                     )
         sums.take(self.asked, found, self.reduction)
+
+    def _put_back(self, before: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, p in self.params.items():
+            for attribute, value in before[name].items():
+                vars(p).pop(attribute, None)
+                if value is not None:
+                    setattr(p, attribute, value)
 
     def _loss(self, batch: Any) -> Tensor:
         if self.step is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from hookjac.errors import HookjacError
 from hookjac.members import as_it_was
@@ -52,8 +53,13 @@ def demand_apart(model: nn.Module, output: Select = None) -> Iterator[None]:
         if torch.is_grad_enabled() and state not in tried and _apart(module, args, kwargs, output):
             tried.add(state)
 
-    with model.register_forward_pre_hook(before, with_kwargs=True):
+    handles: list[RemovableHandle] = []
+    try:
+        handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Select) -> bool:

@@ -76,10 +76,21 @@ class Recomputed:
     def __enter__(self) -> Recomputed:
         # inside a group of the user's: theirs; two cannot be open at once
         self._outer = torch._C._get_graph_exec_group()  # type: ignore[attr-defined]
-        torch._C._set_graph_exec_group(self._group)  # type: ignore[attr-defined]
+        try:
+            torch._C._set_graph_exec_group(self._group)  # type: ignore[attr-defined]
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
+        try:
+            self._close()
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
         torch._C._set_graph_exec_group(self._outer)  # type: ignore[attr-defined]
         for holder, handles in self._kept.items():
             holder.handles = handles

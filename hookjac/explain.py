@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from hookjac.errors import HookjacError
 from hookjac.explanation import Called, Explanation
@@ -94,9 +95,11 @@ class _Foreseeing(extend):
                 last = sequence()
                 self._called.append(Called(names[module] or "(model)", type(module).__name__, shape, begun.pop(), last))
 
-        # behind our own, which must be the first to see what a layer made
-        hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
+        hooks: list[RemovableHandle] = []
         try:
+            # behind our own, which must be the first to see what a layer made
+            hooks.append(register_module_forward_pre_hook(before))
+            hooks.append(register_module_forward_hook(after))
             yield
         finally:
             for hook in hooks:

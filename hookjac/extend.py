@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from hookjac.ranks import Group, Ranks, group_of
 from hookjac.service import Service, light
 from hookjac.sharded import demand_no_pipeline, demand_plain, like, shards, whole
 from hookjac.sums import Reduction
-from hookjac.switches import MATH_ATTENTION, QUIET_VMAP
+from hookjac.switches import MATH_ATTENTION, QUIET_VMAP, Switch
 from hookjac.tape import Select
 from hookjac.watch import Start, open_blocks
 
@@ -56,6 +55,7 @@ class extend:
     """
 
     _passing = True  # structures of this model that are known already may serve
+    _open = False
     _alone: frozenset[str] = frozenset()  # attributes of parameters that no other open block may write
 
     def __init__(
@@ -93,8 +93,7 @@ class extend:
         self._ranks = self._of_group(group, reduction)
         if self._ranks is not None:
             self.quantities = self._ranks.measuring()
-        self._open = False
-        self._switches: contextlib.ExitStack | None = None
+        self._switches: list[Switch] = []
         self._service: Service | None = None
         self._found: dict[str, dict[str, Any]] = {}  # quantity -> parameter -> its result
 
@@ -136,11 +135,15 @@ class extend:
             self.model, self.quantities, members, self._backward,
             output=self._output, create_graph=self._create_graph, sharded=bool(self._shards), passing=self._passing,
         )  # fmt: skip
-        self._switch()
-        self._open = True
-        if self._ranks is not None:
-            self._ranks.open()
-        self._service.open()
+        try:
+            self._open = True
+            self._switch()
+            if self._ranks is not None:
+                self._ranks.open()
+            self._service.open()
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def _demand_alone(self, params: Mapping[str, nn.Parameter]) -> None:
@@ -165,22 +168,24 @@ class extend:
     def _switch(self) -> None:
         twice = any(isinstance(q.wish, (Hessian, Diagonal, Probes, Graph)) for q in self.quantities)
         plain = light(self.quantities) and not self._create_graph
-        if plain and not twice:
-            return
-        self._switches = contextlib.ExitStack()
         if not plain:
-            self._switches.enter_context(QUIET_VMAP)
+            self._take(QUIET_VMAP)
         if self._create_graph or twice:
-            self._switches.enter_context(MATH_ATTENTION)
+            self._take(MATH_ATTENTION)
+
+    def _take(self, switch: Switch) -> None:
+        self._switches.append(switch)
+        switch.take(self)
 
     def __exit__(self, kind: type[BaseException] | None = None, *exc: object) -> None:
         if not self._open:
             raise HookjacError("this extend block is not open")
         assert self._service is not None
-        self._open = False
-        self._service.close()
-        if self._switches is not None:
-            self._switches.close()
+        try:
+            self._close()
+        except BaseException:
+            self._close()
+            raise
         try:
             if self._ranks is not None and kind is None:
                 params = Members(self.model).trainable
@@ -188,6 +193,19 @@ class extend:
                 self._attach(params, self._ranks.exchange(params), everywhere=True)
         finally:
             self._service.held = {}
+
+    def _close(self) -> None:
+        """May be done again, if it was interrupted."""
+        assert self._service is not None
+        self._service.close()
+        for switch in self._switches:
+            switch.give(self)
+        self._switches = []
+        self._open = False
+
+    def __del__(self) -> None:
+        if self._open:  # interrupted as the block was about to be left
+            self._close()
 
     def explain(self) -> Explanation:
         """Which road every layer and parameter took in the last backward of this block, and why; and of what was asked
@@ -256,7 +274,11 @@ class extend:
             for q in ("jac", "ntk")
             if any(q == one.name for one in self.quantities)
         }
-        self._attach(params, found if self._ranks is None else self._ranks.keep(found))
+        try:
+            self._attach(params, found if self._ranks is None else self._ranks.keep(found))
+        except BaseException:
+            self._begin(params)  # interrupted: all of them, or none
+            raise
         if self._after is not None:
             self._after(dict(params))
 

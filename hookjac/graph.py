@@ -269,6 +269,8 @@ def fenced(edges: Sequence[Edge]) -> Iterator[None]:
             handles.append(node.register_prehook(_stop(numbers)))
         yield
     finally:
+        for numbers in closed.values():
+            numbers.clear()  # first: an interrupt may leave a hook behind, which then lets all pass
         for handle in handles:
             handle.remove()
 

@@ -201,7 +201,7 @@ class Pass:
             if join is not None:
                 made = [(o.below, fitted(join(node, here, o.shape), o.shape, o.dtype, 1)) for o in on]
             elif len(made) < len(on):  # all have one, or none
-                with QUIET_VMAP:
+                with QUIET_VMAP.held():
                     found = pull(node, here, [o.slot for o in on])
                 made = [(o.below, found[o.slot]) for o in on]
             del here
@@ -216,10 +216,13 @@ class Pass:
         if not group.asked:
             return start.call()
         reading = self._reading(group)
-        handles = [self.nodes[t.number].register_prehook(reading.hook(t)) for t in self.passage.takes]
+        handles: list[Any] = []
         try:
+            for take in self.passage.takes:
+                handles.append(self.nodes[take.number].register_prehook(reading.hook(take)))
             answer = start.call()
         finally:
+            reading.over = True  # first: an interrupt may leave a hook behind
             for handle in handles:
                 handle.remove()
         with torch.no_grad():
@@ -250,11 +253,17 @@ class Pass:
         if start.retain:
             return
         targets = [GradientEdge(nodes[take.number], take.nr) for take in passage.takes]
-        handle = nodes[0].register_prehook(lambda gradients: (None,) * len(gradients))
+        freeing = [True]
+        handles: list[Any] = []
         try:
+            handles.append(
+                nodes[0].register_prehook(lambda gradients: (None,) * len(gradients) if freeing else gradients)
+            )
             torch.autograd.grad(start.tensors, targets, allow_unused=True)
         finally:
-            handle.remove()
+            freeing.clear()  # first: an interrupt may leave the hook behind
+            for handle in handles:
+                handle.remove()
 
     def _deliver(self) -> None:
         served = [k for k, t in enumerate(self.sums) if t is not None]

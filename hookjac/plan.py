@@ -171,7 +171,7 @@ def _outputs(route: Route) -> tuple[list[Edge], list[Edge], int]:
         raise HookjacError(
             "the loss is not connected to an output of the model: no tensor that the model returned inside this block "
             "(and none of its layers) was met on the way down from the loss. Call the extended model itself inside "
-            "the block, with grad enabled, and compute the loss from what it returns."
+            "the block, in the thread that opened it, with grad enabled, and compute the loss from what it returns."
             + ("" if route.tape.rules else " A loss made of create_graph's results is backpropagated after the block.")
         )
     N = first[0].shape[0]

@@ -45,6 +45,7 @@ class Reading:
         """made: where results go, of each parameter and quantity; sums: where those of `group.summed` do."""
         self.passage, self.nodes, self.params, self.group = passage, nodes, params, group
         self.made, self.sums = made, sums
+        self.over = False
         self.uses = passage.uses
         self.open = list(self.uses)
         self.factors: dict[int, list[Factor]] = {}  # of parameters that are used more than once
@@ -56,7 +57,7 @@ class Reading:
 
         def see(gradients: tuple[Tensor | None, ...]) -> None:
             g = gradients[take.nr]
-            if g is None:
+            if g is None or self.over:
                 return
             if not torch.is_grad_enabled():
                 self.meet(take, node, g.unsqueeze(0))

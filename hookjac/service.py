@@ -81,6 +81,7 @@ class Service:
         self._watch.open()
 
     def close(self) -> None:
+        """May be done again, if it was interrupted."""
         self._watch.close()
         self._tape.remove()
 
@@ -146,7 +147,7 @@ class Service:
             self._watch.quiet(self.model),
             _compiled(),
             in_reach(),
-            QUIET_VMAP,
+            QUIET_VMAP.held(),
         ):
             count = _hooks()
             yield

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -13,42 +12,94 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Switch:
-    """A switch of the whole process: the first block that needs it turns it, the last one turns it back.
+    """A switch of the whole process: the first that needs it turns it, the last one turns it back.
 
-    The two may be on different threads. So both run in one `contextvars.Context`: sdpa_kernel of torch 2.15 sets a
-    context variable, and refuses to take it back in another context than the one it was set in.
+    Taking and giving may be done twice: whoever was interrupted (Ctrl-C) does it again, and nothing is counted wrongly.
+    The first and the last may be on different threads. So both turns run in one `contextvars.Context`: sdpa_kernel of
+    torch 2.15 sets a context variable, and refuses to take it back in another context than the one it was set in.
     """
 
-    def __init__(self, turned: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
-        self._turned, self._users = turned, 0
-        self._lock, self._undo = threading.Lock(), contextlib.ExitStack()
+    def __init__(self, turned: Callable[[], Generator[None, None, None]]) -> None:
+        """turned: turns it, yields, turns it back."""
+        self._turned = turned
+        self._users: set[int] = set()  # ids, for a user that nobody else holds shall die and give it back
+        self._lock = threading.RLock()  # a user may die in here
+        self._turn: Generator[None, None, None] | None = None
         self._context = contextvars.Context()
 
-    def __enter__(self) -> None:
+    def take(self, user: object) -> None:
         with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._context = contextvars.copy_context()
-                self._context.run(self._undo.enter_context, self._turned())
+            self._users.add(id(user))
+            self._settle()
+
+    def give(self, user: object) -> None:
+        with self._lock:
+            self._users.discard(id(user))
+            self._settle()
+
+    def held(self) -> Held:
+        """For a `with`."""
+        return Held(self)
+
+    def _settle(self) -> None:
+        if self._users and self._turn is None:
+            self._context, turn = contextvars.copy_context(), self._turned()
+            try:
+                self._context.run(next, turn)
+                self._turn = turn
+            except BaseException:
+                self._context.run(turn.close)
+                self._turn = None
+                raise
+        elif not self._users and self._turn is not None:
+            self._context.run(self._turn.close)
+            self._turn = None
+
+
+class Held:
+    """A switch, while this is open; after an interrupt at the worst moment, while this lives."""
+
+    _taken = False
+
+    def __init__(self, switch: Switch) -> None:
+        self._switch = switch
+
+    def __enter__(self) -> None:
+        self._taken = True
+        try:
+            self._switch.take(self)
+        except BaseException:
+            self._switch.give(self)
+            raise
 
     def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._context.run(self._undo.close)
+        try:
+            self._switch.give(self)
+        except BaseException:
+            self._switch.give(self)
+            raise
+        self._taken = False
+
+    def __del__(self) -> None:
+        if self._taken:
+            self._switch.give(self)
 
 
-@contextlib.contextmanager
-def _no_fallback_warnings() -> Iterator[None]:
+def _no_fallback_warnings() -> Generator[None, None, None]:
     functorch: Any = torch._C._functorch
-    functorch._set_vmap_fallback_warning_enabled(False)
     try:
+        functorch._set_vmap_fallback_warning_enabled(False)
         yield
     finally:
         functorch._set_vmap_fallback_warning_enabled(True)
 
 
+def _math_attention() -> Generator[None, None, None]:
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 # fused attention has no second derivative on CPU; the math kernel does
-MATH_ATTENTION = Switch(lambda: sdpa_kernel(SDPBackend.MATH))
+MATH_ATTENTION = Switch(_math_attention)
 # vmap tells of kernels that it must loop over; that is our own affair, and `explain()` tells of roads
 QUIET_VMAP = Switch(_no_fallback_warnings)

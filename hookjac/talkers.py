@@ -7,9 +7,8 @@ backward, all of it.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch.distributed as dist
@@ -42,16 +41,19 @@ _METHODS: list[tuple[str, str, str, Callable[..., Any]]] = [
 ]
 
 
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    with contextlib.ExitStack() as after:
+def _silenced() -> Generator[None, None, None]:
+    own: list[tuple[Any, str, Any]] = []
+    try:
         if dist.is_available() and dist.is_initialized():
             for place, name, method, instead in _METHODS:
                 kind = getattr(sys.modules.get(place), name, None)
                 if kind is not None:
-                    after.callback(setattr, kind, method, vars(kind)[method])
+                    own.append((kind, method, vars(kind)[method]))
                     setattr(kind, method, staticmethod(instead) if instead is _hand_on else instead)
         yield
+    finally:
+        for kind, method, before in own:
+            setattr(kind, method, before)
 
 
 SILENT = Switch(_silenced)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType, SimpleNamespace
@@ -148,6 +150,7 @@ def _listed(names: Any) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
+_INSTALLED: weakref.WeakSet[Tape] = weakref.WeakSet()
 _WARY = (nn.modules.batchnorm._BatchNorm, nn.DataParallel)  # may have to be refused before they run
 _FAILED: Any = object()  # after an error, torch calls hooks without keyword arguments
 
@@ -165,7 +168,10 @@ class Tape:
         self.given: list[weakref.ref[Tensor]] = []  # what the model was called with
         # what to do before the model runs and after
         self.around: tuple[Callable[[], None], Callable[[], None]] = (lambda: None, lambda: None)
+        self._thread = threading.get_ident()  # the model may run in others, too: that is none of our business
         self._handles: list[Any] = []
+        self._last: list[Callable[..., Any]] = []
+        self._own: list[Callable[..., Any]] = []  # hooks that are about to be registered, or are
 
     def install(self) -> None:
         # a compiler that is at work must call the hooks, not trace them; if it is not loaded, do not load it
@@ -175,11 +181,11 @@ class Tape:
             before, after = (MethodType(_uncompiled(method), self) for method in (Tape._before, Tape._after))
         if not (self.rules or self._wary):
             before, after = self._of_the_model(before), self._of_the_model(after)
-        self._handles = [
-            hooks.register_module_forward_pre_hook(before),
-            # after errors too: whatever stepped aside for the forward must come back
-            hooks.register_module_forward_hook(after, with_kwargs=True, always_call=True),
-        ]
+        self._own = [before, after]
+        _INSTALLED.add(self)
+        self._handles.append(hooks.register_module_forward_pre_hook(before))
+        # after errors too: whatever stepped aside for the forward must come back
+        self._handles.append(hooks.register_module_forward_hook(after, with_kwargs=True, always_call=True))
 
     def _of_the_model(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook, where the layers within are of no interest."""
@@ -191,12 +197,27 @@ class Tape:
         return seen
 
     def remove(self) -> None:
-        while self._handles:
-            handle = self._handles.pop()
-            handle.remove()
-            # torch forgets these two (seen on 2.13): an entry for each block would stay for ever
-            hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
-            hooks._global_forward_hooks_always_called.pop(handle.id, None)
+        """May be done again, if it was interrupted."""
+        numbers = {handle.id for handle in self._handles}
+        if len(numbers) < len(self._own):  # interrupted between registering and noting
+            for table in (hooks._global_forward_pre_hooks, hooks._global_forward_hooks):
+                numbers |= {number for number, hook in list(table.items()) if hook in self._own}
+        for number in numbers:
+            hooks._global_forward_pre_hooks.pop(number, None)
+            hooks._global_forward_hooks.pop(number, None)
+            hooks._global_forward_hooks_with_kwargs.pop(number, None)
+            hooks._global_forward_hooks_always_called.pop(number, None)
+        self._forget_the_last()
+        _INSTALLED.discard(self)
+        self._own, self._handles = [], []
+
+    def _forget_the_last(self) -> None:
+        """A hook on the model itself, which was to come after all others, and did not if the forward failed."""
+        for number, hook in list(self.model._forward_hooks.items()) if self._last else ():
+            if hook in self._last:
+                self.model._forward_hooks.pop(number, None)
+                self.model._forward_hooks_with_kwargs.pop(number, None)
+        self._last = []
 
     def mark(self, edge: Edge) -> Mark | None:
         marks = edge.node.metadata.get(self)
@@ -219,16 +240,19 @@ class Tape:
             note.output, note.selected = mark.output, note.selected or mark.selected
 
     def _before(self, module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         if module is self.model:
             self.around[0]()
+            self._forget_the_last()
             if module._forward_hooks:  # they may change the output, and run after ours: be the last of them
-                last: list[Any] = []
 
                 def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-                    last.pop().remove()
+                    self._forget_the_last()
                     self._root(args, kwargs, output)
 
-                last.append(module.register_forward_hook(see, with_kwargs=True))
+                self._last.append(see)
+                module.register_forward_hook(see, with_kwargs=True)
                 self.hooks += 1
         if not self._wary or (name := self.names.get(module)) is None or not torch.is_grad_enabled():
             return
@@ -241,15 +265,19 @@ class Tape:
             )
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _FAILED) -> None:
+        if threading.get_ident() != self._thread:
+            return
         root = module is self.model
         try:
             if output is _FAILED:
+                if root:
+                    self._forget_the_last()
                 return
             if self.rules and isinstance(output, Tensor) and output.grad_fn is not None:
                 name = self.names.get(module)
                 if name is not None:
                     self._layer(module, name, args, kwargs, output)
-            if root and not module._forward_hooks:
+            if root and not self._last:
                 self._root(args, kwargs, output)
         finally:
             if root:
@@ -297,6 +325,16 @@ class Tape:
             mark = self._note(chosen)
             mark.selected = True
             mark.output = mark.output or "output"
+
+
+def _in_a_child() -> None:
+    """A process that was forked inside a block (a worker of a DataLoader) is not the block's."""
+    for tape in list(_INSTALLED):
+        tape.remove()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_child)
 
 
 def _unfit_output(chosen: Tensor) -> HookjacError:

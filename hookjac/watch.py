@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -55,17 +56,28 @@ class Watch(TorchFunctionMode):
         self._busy = False  # our own derivatives are under way
         self._running = False  # a backward that we watch is: what it starts itself (a checkpoint) is part of it
         self._retained: list[weakref.ref[Tensor]] = []
+        self._kept: list[tuple[Tensor, Tensor | None]] = []  # gradients that we must not touch
+        self._silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []  # hooks of parameters, and what they were
+        self._blocks = _here()
+        self._open = False
         tape.around = (self._aside, self.enter)
 
     def open(self) -> None:
-        _RETAINING.__enter__()
-        self._blocks = _here()
+        stack = _get_current_function_mode_stack()
+        if any(isinstance(mode, Watch) and not mode._open for mode in stack):
+            # PyTorch takes a mode off while it serves a call; interrupted there, it may put it back too late
+            _set_modes([mode for mode in stack if not isinstance(mode, Watch) or mode._open])
+        self._open = True
+        _RETAINING.take(self)
         self._blocks.append(self)
         self.enter()
 
     def close(self) -> None:
-        self._blocks.remove(self)
-        _RETAINING.__exit__()
+        """May be done again, if it was interrupted; so may all that it consists of."""
+        self._open = False
+        if self in self._blocks:
+            self._blocks.remove(self)
+        _RETAINING.give(self)
         self._leave()
 
     def enter(self) -> None:
@@ -75,12 +87,12 @@ class Watch(TorchFunctionMode):
 
     def _leave(self) -> None:
         """Off, wherever among the modes we are: blocks may be left in any order."""
-        above = []
-        while self in _get_current_function_mode_stack():
-            while (mode := _pop_mode()) is not self:
-                above.append(mode)
-        for mode in reversed(above):
-            _push_mode(mode)
+        others = [mode for mode in _get_current_function_mode_stack() if mode is not self]
+        try:
+            _set_modes(others)
+        except BaseException:
+            _set_modes(others)
+            raise
 
     def _aside(self) -> None:
         if _get_current_function_mode() is self:  # else somebody's mode lies above ours; popping would pop theirs
@@ -89,20 +101,30 @@ class Watch(TorchFunctionMode):
     @contextlib.contextmanager
     def quiet(self, model: nn.Module) -> Iterator[None]:
         """Our own backwards are nobody's business: hooks on parameters and `retain_grad` do not notice them."""
-        before = [(t, t.grad) for ref in self._retained if (t := ref()) is not None]
-        silenced = [(h, dict(h)) for p in model.parameters() if (h := p._backward_hooks)]
-        self._busy = True
+        if self._busy:
+            yield
+            return
         try:
-            for found, _ in silenced:
-                found.clear()
-            with SILENT:
+            self._busy = True
+            self._kept = [(t, t.grad) for ref in self._retained if (t := ref()) is not None]
+            for hooks in [p._backward_hooks for p in model.parameters() if p._backward_hooks]:
+                self._silenced.append((hooks, dict(hooks)))
+                hooks.clear()
+            with SILENT.held():
                 yield
         finally:
-            for found, kept in silenced:
-                found.update(kept)
-            for t, grad in before:
-                t.grad = grad
-            self._busy = False
+            try:
+                self._loud()
+            except BaseException:
+                self._loud()
+                raise
+
+    def _loud(self) -> None:
+        for hooks, before in self._silenced:
+            hooks.update(before)
+        for t, grad in self._kept:
+            t.grad = grad
+        self._silenced, self._kept, self._busy = [], [], False
 
     def retained(self) -> bool:
         """Is there a tensor whose `.grad` the user's own backward has to fill?"""
@@ -113,7 +135,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _WATCHED:
+        if func not in _WATCHED or not self._open:
             return func(*args, **kwargs)
         if func is torch.Tensor.register_hook and not args[0].is_leaf:
             (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
@@ -147,13 +169,34 @@ class Watch(TorchFunctionMode):
         )
 
     def _start(self, start: Start) -> Any:
-        self._running = True
+        backward, grad = self._backward(), torch.is_grad_enabled()
+        if backward is None:
+            return start.call()  # whoever opened the block is gone
         try:
-            backward = self._backward()
-            assert backward is not None
+            self._running = True
             return backward(start)
         finally:
-            self._running = False
+            try:
+                self._over(grad)
+            except BaseException:
+                self._over(grad)
+                raise
+
+    def _over(self, grad: bool) -> None:
+        """The backward is. After an interrupt, something in it may not have been put back."""
+        self._running = False
+        if self._busy:
+            self._loud()
+        if torch.is_grad_enabled() is not grad:
+            torch.set_grad_enabled(grad)
+
+
+def _set_modes(wanted: list[TorchFunctionMode]) -> None:
+    """Modes above ours come off as well, and back on: no other way leads to it."""
+    while _get_current_function_mode_stack() != wanted[: len(_get_current_function_mode_stack())]:
+        _pop_mode()
+    for mode in wanted[len(_get_current_function_mode_stack()) :]:
+        _push_mode(mode)
 
 
 _OPEN = threading.local()
@@ -173,6 +216,15 @@ def open_blocks() -> list[Any]:
     return [backward.__self__ for backward in alive if backward is not None]
 
 
+def _in_a_child() -> None:
+    """A process that was forked inside a block (a worker of a DataLoader) is not the block's."""
+    for watch in _here():
+        watch._open = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_child)
+
 _retain_grad = torch.Tensor.retain_grad
 
 
@@ -183,11 +235,10 @@ def _retain_grad_seen(tensor: Tensor) -> None:
     _retain_grad(tensor)
 
 
-@contextlib.contextmanager
-def _retaining_is_seen() -> Iterator[None]:
+def _retaining_is_seen() -> Generator[None, None, None]:
     """A mode would see it as well, but not inside the model, where ours steps aside."""
-    torch.Tensor.retain_grad = _retain_grad_seen  # type: ignore[method-assign, assignment]
     try:
+        torch.Tensor.retain_grad = _retain_grad_seen  # type: ignore[method-assign, assignment]
         yield
     finally:
         del torch.Tensor.retain_grad

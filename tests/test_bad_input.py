@@ -10,33 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, mlp, par
+from leftovers import attributes, state
 from oracle import close, compare, expected, trainable
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_hooks
-from torch.overrides import _get_current_function_mode_stack
 
 import hookjac
 from hookjac import HookjacError, extend
 
 Y = torch.tensor([0, 2, 1, 2])
-
-
-def state() -> tuple[Any, ...]:
-    """Everything global that a block could leave behind."""
-    return (
-        dict(torch_hooks._global_forward_hooks),
-        dict(torch_hooks._global_forward_pre_hooks),
-        dict(torch_hooks._global_forward_hooks_always_called),
-        _get_current_function_mode_stack(),
-        torch.is_grad_enabled(),
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.get_rng_state().shape,
-    )
-
-
-def attributes(model: nn.Module) -> set[str]:
-    found = {a for m in model.modules() for a in vars(m)} | {a for p in model.parameters() for a in vars(p)}
-    return found | {str(h) for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)}
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 import hookjac
 
@@ -58,8 +59,10 @@ def noting(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         if torch.is_grad_enabled() and calls:
             calls[-1].gave(out)
 
-    hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+    hooks: list[RemovableHandle] = []
     try:
+        hooks.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(model.register_forward_hook(after))
         yield
     finally:
         for hook in hooks:
