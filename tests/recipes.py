@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from cases import Fn, par
 from hypothesis import strategies as st
-from test_random import STEPS as FEW_STEPS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +38,8 @@ class Recipe:
     selected and which ones the loss uses besides; None: it returns one.
     frozen: numbers of parameters. shared: the last square layer has the first one's weight. asked: quantities.
     way: "extend", "create_graph", or "accumulate". trigger: how the backward is started. later: what is changed before
-    each further step. one_block: all steps in one block. dtype: "float64", "float32" or "bfloat16" (by autocast). chunk: entries of a temporary.
+    each further step. one_block: all steps in one block. dtype: "float64", "float32" or "bfloat16" (by autocast).
+    chunk: entries of a temporary.
     """
 
     steps: tuple[tuple[str, int], ...]
@@ -65,9 +65,20 @@ class Recipe:
     seed: int = 0
 
 
-# Steps: parts made of d, and what is done with the model, the last tensor and an earlier one, all [N, T, d] ------------
+# Steps: parts made of d, and what is done with the model, the last tensor and an earlier one, all [N, T, d] -----------
 
 Step = tuple[Callable[[int], dict[str, Any]], Callable[[Any, Tensor, Tensor], Tensor]]
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def _write(h: Tensor, e: Tensor) -> Tensor:
+    h[..., 0] = e[..., -1].sin()
+    h.mul_(0.7)
+    return h
 
 
 class Cube(torch.autograd.Function):
@@ -145,9 +156,9 @@ def _cells(m: Any, x: Tensor) -> Tensor:
 
 
 def _in_views(h: Tensor, e: Tensor) -> Tensor:
-    h[..., :1].mul_(2).add_(e[..., :1])
-    h.transpose(1, 2)[:, 0].tanh_()
     h += e
+    h[..., :1].mul_(2).add_(e[..., :1])
+    h.transpose(1, 2)[:, -1].tanh_()
     return h
 
 
@@ -169,6 +180,38 @@ def _rows_of(x: Tensor) -> Tensor:
     """Row numbers of a table of four, from the signs of x."""
     return (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()
 
+
+FEW_STEPS: dict[str, Step] = {
+    "linear": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x)),
+    "tanh": (lambda d: {"f": nn.Tanh()}, lambda m, x, e: m.f(x)),
+    "relu": (lambda d: {"f": nn.ReLU()}, lambda m, x, e: m.f(x)),
+    "functional gelu": (lambda d: {}, lambda m, x, e: nn.functional.gelu(x)),
+    "in-place relu": (lambda d: {"f": nn.Linear(d, d), "r": nn.ReLU(inplace=True)}, lambda m, x, e: m.r(m.f(x))),
+    "residual": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: x + torch.sin(m.f(x))),
+    "skip": (lambda d: {}, lambda m, x, e: x + e),
+    "gate": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: x * torch.sigmoid(m.f(e))),
+    "softmax": (lambda d: {}, lambda m, x, e: torch.softmax(x, -1)),
+    "layer norm": (lambda d: {"f": nn.LayerNorm(d)}, lambda m, x, e: m.f(x)),
+    "scale": (lambda d: {"s": par(d)}, lambda m, x, e: x * m.s),
+    "attention": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: torch.softmax(m.f(x) @ e.transpose(1, 2), -1) @ x),
+    "reuse": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(torch.tanh(m.f(x)))),
+    "time first": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x.transpose(0, 1)).transpose(0, 1)),
+    "rows": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x.reshape(-1, x.shape[-1])).reshape(x.shape)),
+    "permute features": (lambda d: {}, lambda m, x, e: x.flip(-1)),
+    "mix time": (lambda d: {}, lambda m, x, e: x.cumsum(1)),
+    "slices": (lambda d: {}, lambda m, x, e: torch.cat([x[..., 1:], x[..., :1].exp()], -1)),
+    "zero linear": (lambda d: {"f": _zero(nn.Linear(d, d))}, lambda m, x, e: x + m.f(x).sin() * e),
+    "halves": (lambda d: {"f": nn.Linear(d, 2 * d)}, lambda m, x, e: torch.mul(*m.f(x).chunk(2, -1))),
+    "largest": (lambda d: {}, lambda m, x, e: x * e.max(-1, keepdim=True).values),
+    "convolution": (
+        lambda d: {"f": nn.Conv1d(d, d, 3, padding=1)},
+        lambda m, x, e: m.f(x.transpose(1, 2)).transpose(1, 2),
+    ),
+    "positions": (lambda d: {"s": par(4, d)}, lambda m, x, e: (x + m.s[: x.shape[1]]).tanh()),
+    "functional linear": (lambda d: {"s": par(d, d)}, lambda m, x, e: torch.nn.functional.linear(x, m.s.exp())),
+    "product": (lambda d: {"s": par(d, d)}, lambda m, x, e: x @ m.s),
+    "in-place slice": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: _write(m.f(x), e)),
+}
 
 MORE_STEPS: dict[str, Step] = {
     # entry by entry
@@ -240,7 +283,6 @@ MORE_STEPS: dict[str, Step] = {
     # tables, recurrent nets, attention
     "table": (lambda d: {"f": nn.Embedding(4, d)}, lambda m, x, e: x + m.f(_rows_of(e))),
     "padded table": (lambda d: {"f": nn.Embedding(4, d, padding_idx=1)}, lambda m, x, e: x * m.f(_rows_of(e))),
-    "bag": (lambda d: {"f": nn.EmbeddingBag(4, d, mode="sum")}, lambda m, x, e: x + m.f(_rows_of(e)).unsqueeze(1)),
     "lstm": _recurrent(nn.LSTM), "gru": _recurrent(nn.GRU), "rnn": _recurrent(nn.RNN),
     "lstm both ways": _recurrent(nn.LSTM, 2), "rnn, relu": _recurrent(nn.RNN, nonlinearity="relu"),
     "gru cell": (lambda d: {"f": nn.GRUCell(d, d)}, lambda m, x, e: _cells(m, x)),
@@ -281,9 +323,6 @@ MORE_STEPS: dict[str, Step] = {
     "no gradient": _glue(lambda x, e: x + e.detach().sin()),
 }  # fmt: skip
 STEPS: dict[str, Step] = {**FEW_STEPS, **MORE_STEPS}
-
-# no second derivative in PyTorch, or a wrong one: there is nothing to compare Hessians with
-NO_HESSIAN = ("bag",)
 
 
 class Net(nn.Module):
@@ -396,8 +435,8 @@ LOSSES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "nll": ("mean", lambda o, y: F.nll_loss(F.log_softmax(_rows(o), 1), _classes(o, y))),
     "softmax and log": ("mean", lambda o, y: -(_rows(o).softmax(1).log() * _rows(y).softmax(1)).sum(1).mean()),
     "logistic": ("mean", lambda o, y: F.binary_cross_entropy_with_logits(o, y.sigmoid())),
-    "logistic, weights": ("mean", lambda o, y: F.binary_cross_entropy_with_logits(
-        o, (y > 0).to(o), pos_weight=torch.tensor(1.7).to(o), weight=y[:1].abs())),
+    "logistic, weights": ("", lambda o, y: F.binary_cross_entropy_with_logits(
+        o, (y > 0).to(o), pos_weight=torch.tensor(1.7).to(o), weight=y.abs())),
     "bce of sigmoid": ("mean", lambda o, y: F.binary_cross_entropy(o.sigmoid(), y.sigmoid())),
     "squares": ("mean", lambda o, y: F.mse_loss(o, y)),
     "half squares, sum": ("sum", lambda o, y: 0.5 * (o - y).square().sum()),
@@ -510,8 +549,6 @@ def records(r: Recipe) -> list[hookjac.Quantity]:
 @contextlib.contextmanager
 def chunked(entries: int | None) -> Iterator[None]:
     """Temporaries of at most so many entries, so that tiny models go in several pieces, too."""
-    import importlib
-
     names = ("jacobian", "factor.dense", "factor.outer", "factor.lookup", "factor.mixed", "factor.metric",
              "factor.unfolded", "products", "engine", "loss")  # fmt: skip
     undo = []
@@ -589,8 +626,6 @@ def recipes(draw: Any, longest: int = 6) -> Recipe:
     names = ADDING if way == "accumulate" else names
     if dtype == "float32":
         names = tuple(n for n in names if n not in ("kfac", "hutchinson", "ggn_diag_mc", "ggn_sqrt", "hesscale"))
-    if any(name in NO_HESSIAN for name, _ in steps):
-        names = tuple(n for n in names if n in FIRST_ORDER) or ("grad_sq_sum",)
     entries = {"middle": T * d, "side": 3}.get(output or "", {"one": 1, "sum": C, "mean below": C}.get(head, T * C))
     asked = draw(asks(names, N, entries, way != "extend"))
     return Recipe(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from oracle import grad, trainable
 from recipes import Recipe, data_loss, penalty
-from test_projected import directions
 from torch import Tensor, nn
 
 import hookjac
 from hookjac.check import Pairs, _Truth
+from hookjac.quantity.projected import signs
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
@@ -132,7 +132,8 @@ def pairs(truth: Truth, name: str, options: dict[str, Any], key: str, p: Any, fo
             return [(found, torch.stack([row.square().sum().sqrt() for row in g]))]
         if name == "grad_sample_gram":
             return [(found, torch.stack([torch.stack([(a * b).sum() for b in g]) for a in g]))]
-        R = directions(key, p, options["k"], options["seed"]).reshape(options["k"], -1).to(g.dtype)
+        X, Y = (t.to(g.dtype) for t in signs(key, p.shape, options["k"], options["seed"]))
+        R = torch.stack([torch.outer(x, y).reshape(-1) for x, y in zip(X, Y, strict=True)]) / options["k"] ** 0.5
         return [(found, torch.stack([torch.stack([(row * r).sum() for r in R]) for row in g]))]
     if name == "grad_sq_sum":
         return [(found.reshape(-1)[k], truth.each(p, k)[S].square().sum()) for k in picks]
@@ -164,7 +165,7 @@ def pairs(truth: Truth, name: str, options: dict[str, Any], key: str, p: Any, fo
         return [_within(found.reshape(-1)[k], t, noise * truth.magnitude(p, k, S)) for k, t in right]
     if name == "ggn_sqrt":
         dense = found[0].transpose(0, 1) if options.get("structured") else found
-        s = dense.reshape(*dense.shape[:2], -1)
+        s = dense.reshape(*dense.shape[:2], p.numel())
         each = [(s[:, :, k].square().sum(0), truth.curved(p, k)[S]) for k in picks]
         return each + [(torch.einsum("vn,vnp->p", s[:, :, k], s), truth.gauss_newton(p, k, S)) for k in picks]
     if name in ("ggn_block", "ggn_mp"):
@@ -295,6 +296,8 @@ def _kfac(truth: Truth, options: dict[str, Any], p: Any, found: Any, S: Sequence
         block = g.T @ g
     else:
         block = torch.stack([truth.gauss_newton(p, k, S) for k in range(P)])
+    if not bool(truth._pulled(p, truth._slopes).any()) and not bool(block.any()):
+        return [(plain.to_dense(), block)]  # the loss does not reach it
     sides = _sides(truth, p, S, empirical, sharing)
     if isinstance(plain, hookjac.Kronecker):
         if sides is not None and plain.A is not None and plain._b.shape[0] == 1:
