@@ -276,12 +276,15 @@ def fenced(edges: Sequence[Edge]) -> Iterator[None]:
 
 
 def _stop(numbers: set[int]) -> Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]:
-    """A hook that lets nothing past these outputs of a node; its other outputs are no business of the fence."""
+    """A hook that lets nothing past these outputs of a node; its other outputs are no business of the fence.
 
-    def zero(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        return tuple(torch.zeros_like(g) if g is not None and nr in numbers else g for nr, g in enumerate(grads))
+    Nothing, not zeros: those would run what is below, and be differentiated through it again.
+    """
 
-    return zero
+    def nothing(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if nr in numbers else g for nr, g in enumerate(grads))
+
+    return nothing
 
 
 def gradients(

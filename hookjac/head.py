@@ -40,7 +40,7 @@ def unit_columns(
 
     rows: numbers of the features that are wanted; None: all.
     """
-    rests = [layout.split(like.expand(1, *edge.shape)).shape[2:] for edge, layout in zip(edges, layouts, strict=True)]
+    rests = _rests(edges, layouts, like)
     sizes = [rest.numel() for rest in rests]
     D = sum(sizes)
     if rows is None or len(rows) == D:
@@ -53,6 +53,11 @@ def unit_columns(
         t = part.reshape(part.shape[0], 1, *rest).expand(-1, layout.N, *rest)
         found.append(layout.join(t, edge.shape))
     return found
+
+
+def _rests(edges: Sequence[Edge], layouts: Sequence[Layout], like: Tensor) -> list[torch.Size]:
+    """The shape of one sample's part of each tensor."""
+    return [layout.split(like.expand(1, *edge.shape)).shape[2:] for edge, layout in zip(edges, layouts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -306,9 +311,10 @@ class Head:
             w = torch.einsum("ncd,knd->knc", vectors * (size * values.sign()).unsqueeze(1), signs)
             u = torch.cat([u, w])
         parts = u.split([e.shape.numel() // N for e in self.edges], 2)
+        rests = _rests(self.edges, self.layouts, u.new_zeros(()))
         columns = [
-            layout.join(t.reshape(len(u), N, -1), edge.shape).to(meta(edge)[1])
-            for edge, layout, t in zip(self.edges, self.layouts, parts, strict=True)
+            layout.join(t.reshape(len(u), N, *rest), edge.shape).to(meta(edge)[1])
+            for edge, layout, rest, t in zip(self.edges, self.layouts, rests, parts, strict=True)
         ]
         return columns, _metric(wish.samples, N, H, paired=paired)
 

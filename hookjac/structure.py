@@ -116,6 +116,8 @@ _ENTRYWISE = {
     "ExpBackward0", "LogBackward0", "SqrtBackward0", "SinBackward0", "CosBackward0", "PowBackward0",
     "LogSigmoidBackward0", "MishBackward0", "HardswishBackward0", "ReciprocalBackward0",
 }  # fmt: skip
+# of a complex number they bend otherwise: the modulus in both parts together
+_OF_REALS = _ENTRYWISE | {"AbsBackward0"}
 
 
 def bend(node: Node, edges: Collection[Edge]) -> Literal["none", "diagonal"] | None:
@@ -126,6 +128,8 @@ def bend(node: Node, edges: Collection[Edge]) -> Literal["none", "diagonal"] | N
     if len(edges) != 1 or sum(e in edges for e in children(node)) != 1:
         return None
     name = type(node).__name__
+    if name in _OF_REALS and meta(next(iter(edges)))[1].is_complex:
+        return None
     return "none" if name in _FLAT else "diagonal" if name in _ENTRYWISE else None
 
 

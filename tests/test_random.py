@@ -2,65 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import Fn, par, random_loss
+from cases import Fn, random_loss
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from oracle import compare, expected
+from recipes import FEW_STEPS as STEPS
 from test_create_graph import differentiable_jacobian as grad_again
 from test_create_graph import slopes, weights
 from test_quantities import definitions, hold
 from torch import Tensor, nn
 
 from hookjac import HessDiag, extend
-
-Step = Callable[[Any, Tensor, Tensor], Tensor]  # model, current [N, T, d], an earlier tensor of the same shape
-
-STEPS: dict[str, tuple[Callable[[int], dict[str, nn.Module | nn.Parameter]], Step]] = {
-    "linear": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x)),
-    "tanh": (lambda d: {"f": nn.Tanh()}, lambda m, x, e: m.f(x)),
-    "relu": (lambda d: {"f": nn.ReLU()}, lambda m, x, e: m.f(x)),
-    "functional gelu": (lambda d: {}, lambda m, x, e: nn.functional.gelu(x)),
-    "in-place relu": (lambda d: {"f": nn.Linear(d, d), "r": nn.ReLU(inplace=True)}, lambda m, x, e: m.r(m.f(x))),
-    "residual": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: x + torch.sin(m.f(x))),
-    "skip": (lambda d: {}, lambda m, x, e: x + e),
-    "gate": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: x * torch.sigmoid(m.f(e))),
-    "softmax": (lambda d: {}, lambda m, x, e: torch.softmax(x, -1)),
-    "layer norm": (lambda d: {"f": nn.LayerNorm(d)}, lambda m, x, e: m.f(x)),
-    "scale": (lambda d: {"s": par(d)}, lambda m, x, e: x * m.s),
-    "attention": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: torch.softmax(m.f(x) @ e.transpose(1, 2), -1) @ x),
-    "reuse": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(torch.tanh(m.f(x)))),
-    "time first": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x.transpose(0, 1)).transpose(0, 1)),
-    "rows": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: m.f(x.reshape(-1, x.shape[-1])).reshape(x.shape)),
-    "permute features": (lambda d: {}, lambda m, x, e: x.flip(-1)),
-    "mix time": (lambda d: {}, lambda m, x, e: x.cumsum(1)),
-    "slices": (lambda d: {}, lambda m, x, e: torch.cat([x[..., 1:], x[..., :1].exp()], -1)),
-    "zero linear": (lambda d: {"f": _zero(nn.Linear(d, d))}, lambda m, x, e: x + m.f(x).sin() * e),
-    "halves": (lambda d: {"f": nn.Linear(d, 2 * d)}, lambda m, x, e: torch.mul(*m.f(x).chunk(2, -1))),
-    "largest": (lambda d: {}, lambda m, x, e: x * e.max(-1, keepdim=True).values),
-    "convolution": (
-        lambda d: {"f": nn.Conv1d(d, d, 3, padding=1)},
-        lambda m, x, e: m.f(x.transpose(1, 2)).transpose(1, 2),
-    ),
-    "positions": (lambda d: {"s": par(4, d)}, lambda m, x, e: (x + m.s[: x.shape[1]]).tanh()),
-    "functional linear": (lambda d: {"s": par(d, d)}, lambda m, x, e: torch.nn.functional.linear(x, m.s.exp())),
-    "product": (lambda d: {"s": par(d, d)}, lambda m, x, e: x @ m.s),
-    "in-place slice": (lambda d: {"f": nn.Linear(d, d)}, lambda m, x, e: _write(m.f(x), e)),
-}
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    return layer
-
-
-def _write(h: Tensor, e: Tensor) -> Tensor:
-    h[..., 0] = e[..., -1].sin()
-    h.mul_(0.7)
-    return h
 
 
 class Net(nn.Module):

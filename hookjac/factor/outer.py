@@ -23,7 +23,7 @@ from hookjac.factor.metric import (
     weighed,
 )
 from hookjac.factor.unfolded import Unfolded
-from hookjac.memory import fresh, room
+from hookjac.memory import room
 
 _GRAM = 2.5  # what a product of positions costs, in those of building; it leaves the sum over samples to be done
 _ALONE = 1 << 20  # multiplications from which a sample's products are worth a call of their own
@@ -130,9 +130,9 @@ class Outer:
         left, right = (a, g) if self.swapped else (g, a)
         N, V, B, L, _ = g.shape
         r, c = left.shape[4], right.shape[4]
-        if L > 1 and right.stride(3) == 1 and c < r and not self.swapped:  # positions lie side by side
-            return self._build_turned()
         into = room((N, V, B, r, c), g, a)
+        if into is not None and L > 1 and right.stride(3) == 1 and c < r and not self.swapped:
+            return self._build_turned(into)  # positions lie side by side
         if L == 1:  # a broadcast product beats einsum and bmm for plain outer products
             out = torch.mul(left[:, :, :, 0, :, None], right[:, :, :, 0, None, :], out=into)
         elif V > 1 and B == 1 and into is not None and V * L * r * c >= _ALONE:  # without laying columns out anew
@@ -147,12 +147,11 @@ class Outer:
             out = torch.matmul(left.transpose(3, 4), right, out=into)
         return out.reshape(N, V, *self.param).transpose(0, 1)
 
-    def _build_turned(self) -> Tensor:
+    def _build_turned(self, out: Tensor) -> Tensor:  # [N, V, B, o, i], written to
         """The transposed products, a column at a time: MKL does better with the shorter side first, and what a column
         takes stays in the cache."""
         V, N, B, L, o = self.g.shape
         a = self.a.reshape(N * B, L, -1).mT
-        out = fresh((N, V, B, o, a.shape[1]), self.g)
         for g, into in zip(self.g, out.unbind(1), strict=True):
             into.copy_(torch.bmm(a, g.reshape(N * B, L, o)).view(N, B, -1, o).mT)
         return out.view(N, V, *self.param).transpose(0, 1)
