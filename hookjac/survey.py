@@ -45,8 +45,6 @@ from hookjac.route import Key
 from hookjac.structured import JacTensor
 from hookjac.uses import received
 
-_MARK = 2  # columns in a survey: a first axis of that size is theirs, for all else has one
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -102,7 +100,7 @@ class Survey:
 
     C, out: entries of one sample's selected output, and its shape. widest: entries of the largest tensor on the way.
     through, masked: of one column, through all stations that pass columns of all samples together, or each sample's by
-    itself. stepwise: of the recursions that approximate. forms: what each parameter receives, of `_MARK` columns.
+    itself. stepwise: of the recursions that approximate. forms: what each parameter receives, of one column.
     roads, hessian, products: how many parameters go by each, and its work.
     """
 
@@ -142,7 +140,8 @@ class Survey:
         return found
 
     def _forms(self, V: int) -> dict[str, Factor | None]:
-        return {name: None if f is None else _hollow(f, V) for name, f in self.forms.items()}
+        picks = torch.zeros(V, dtype=torch.long, device="meta")
+        return {name: None if f is None else f.columns(picks) for name, f in self.forms.items()}
 
     def bill(self, q: Quantity, refused: str = "") -> Bill:
         V = self.columns(q)
@@ -244,31 +243,29 @@ def _boiled(plan: Plan, key: Key, cost: Cost) -> Cost:
 
 
 def _form(plan: Plan, p: int) -> Factor | None:
-    """What a parameter receives of `_MARK` columns, without their data."""
+    """What a parameter receives of one column, without its data."""
     found: list[Factor] = []
     for use in plan.uses.of.get(p, []) if plan.N else ():
         edge = plan.route.outs[use.key][0]
         shape, dtype, device = meta(edge)
-        G = torch.zeros((), dtype=dtype, device=device).expand(_MARK, *shape)
+        G = torch.zeros((), dtype=dtype, device=device).expand(1, *shape)
         factor = received(plan.route, plan.uses, use.key, G, plan.layout[edge], only=p).get(p)
         if factor is not None:
             found.append(_hollow(factor))
     if p in plan.glue and plan.N:
         like = plan.params[p]
-        found.append(Dense(torch.empty(_MARK, plan.N, *like.shape, dtype=like.dtype, device="meta"), fresh=True))
+        found.append(Dense(torch.empty(1, plan.N, *like.shape, dtype=like.dtype, device="meta"), fresh=True))
     return total(found) if found else None
 
 
-def _hollow(found: Any, V: int = _MARK) -> Any:
-    """The same of tensors without data; V: with so many columns."""
+def _hollow(found: Any) -> Any:
+    """The same of tensors without data."""
     if isinstance(found, Tensor):
-        lead = V if found.dim() and found.shape[0] == _MARK and found.is_floating_point() else None
-        shape = found.shape if lead is None else (lead, *found.shape[1:])
-        return torch.empty(shape, dtype=found.dtype, device="meta")
+        return torch.empty(found.shape, dtype=found.dtype, device="meta")
     if dataclasses.is_dataclass(found) and not isinstance(found, type):
         own = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.init}
-        return type(found)(**{key: _hollow(value, V) for key, value in own.items()})
-    return tuple(_hollow(part, V) for part in found) if type(found) is tuple else found
+        return type(found)(**{key: _hollow(value) for key, value in own.items()})
+    return tuple(map(_hollow, found)) if type(found) is tuple else found
 
 
 def size_of(made: Any) -> float:

@@ -134,14 +134,14 @@ def test_a_switch_may_be_turned_back_on_another_thread() -> None:
 
     def work() -> None:
         try:
-            with MATH_ATTENTION:
+            with MATH_ATTENTION.held():
                 opened.set()
                 closed.wait(10)
         except BaseException as error:
             failures.append(error)
 
     thread = threading.Thread(target=work)
-    with MATH_ATTENTION:
+    with MATH_ATTENTION.held():
         thread.start()
         opened.wait(10)
     assert not torch.backends.cuda.flash_sdp_enabled()

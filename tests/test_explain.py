@@ -257,3 +257,13 @@ def test_inputs_and_losses_of_all_kinds() -> None:
         explain(mlp(nn.Tanh), x, "hess")
     with pytest.raises(HookjacError, match="no trainable parameter"):
         explain(nn.Tanh(), x)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 7])
+def test_any_number_of_samples(N: int) -> None:
+    """A survey's single column is told from samples, positions and groups of the same number."""
+    model, x = cnn(), torch.randn(N, 3, 8, 8)
+    bills = explain(model, x, "grad_sample", "ggn_sqrt", "jac").quantities
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert bills["grad_sample"].bytes == N * size
+    assert bills["ggn_sqrt"].bytes == N * C * size
