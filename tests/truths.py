@@ -198,9 +198,10 @@ CHAIN = ("linear", "no bias", "tanh", "relu", "in-place relu", "gelu", "elu", "s
          "leaky", "square", "functional gelu")  # fmt: skip
 
 
-def chained(r: Recipe) -> bool:
+def chained(truth: Truth) -> bool:
     """One layer after the other, one position, one output: what step-by-step definitions are written for."""
-    plain = r.T == 1 and r.output is None and r.given == "numbers" and r.head in ("sum", "mean below", "positions")
+    r = truth.recipe
+    plain = truth.x.shape[1] == 1 and r.output is None and r.given == "numbers" and r.head in ("sum", "mean below", "positions")
     return plain and not r.shared and all(name in CHAIN for name, _ in r.steps)
 
 
@@ -245,12 +246,12 @@ def _hesscale(truth: Truth, key: str, p: Tensor, found: Tensor) -> Pairs:
     """Its recursion in chains; the exact diagonal for the last layer, where that has one position."""
     r = truth.recipe
     assert found.shape == p.shape
-    if chained(r):
+    if chained(truth):
         a, h = _recursion(truth, False)[id(p)]
         right = torch.einsum("no,ni->oi", h, a.square()) if p.dim() > 1 else h.sum(0)
         penalties = torch.stack([truth.penalty(p, k) for k in range(p.numel())]).view_as(right)
         return [(found, right + penalties)]
-    if key.startswith("head.") and r.T == 1 and r.output is None and r.given != "tied ids":
+    if key.startswith("head.") and truth.x.shape[1] == 1 and r.output is None and r.given != "tied ids":
         return [(found.reshape(-1)[k], truth.row(p, k)[k]) for k in range(p.numel())]
     assert bool(found.isfinite().all())
     return []
@@ -284,7 +285,7 @@ def _kfac(truth: Truth, options: dict[str, Any], p: Any, found: Any, S: Sequence
     plain = found if corrected is None else corrected.source
     made: Pairs = []
     if fisher == "kfra":
-        if not chained(truth.recipe) or "subsample" in options:
+        if not chained(truth) or "subsample" in options:
             return []
         a, G = _recursion(truth, True)[id(p)]
         return [(plain._b[0], truth.N * G)] + ([(plain._a[0], a.T @ a / truth.N)] if p.dim() > 1 else [])
