@@ -592,7 +592,9 @@ def asks(draw: Any, names: tuple[str, ...], N: int, C: int, plain: bool) -> tupl
         if name in ("ggn_diag_mc", "hutchinson"):
             options |= {"samples": 400, "generator": draw(st.integers(0, 99))}
         if name == "kfac":
-            options["fisher"] = draw(st.sampled_from(["exact", "empirical"] if plain else ["exact", "empirical", "mc", "kfra"]))
+            options["fisher"] = draw(
+                st.sampled_from(["exact", "empirical"] if plain else ["exact", "empirical", "mc", "kfra"])
+            )
             if options["fisher"] == "mc":
                 options |= {"samples": 400, "generator": draw(st.integers(0, 99))}
             options["sharing"] = draw(st.sampled_from(["expand", "reduce"]))

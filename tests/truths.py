@@ -201,7 +201,12 @@ CHAIN = ("linear", "no bias", "tanh", "relu", "in-place relu", "gelu", "elu", "s
 def chained(truth: Truth) -> bool:
     """One layer after the other, one position, one output: what step-by-step definitions are written for."""
     r = truth.recipe
-    plain = truth.x.shape[1] == 1 and r.output is None and r.given == "numbers" and r.head in ("sum", "mean below", "positions")
+    plain = (
+        truth.x.shape[1] == 1
+        and r.output is None
+        and r.given == "numbers"
+        and r.head in ("sum", "mean below", "positions")
+    )
     return plain and not r.shared and all(name in CHAIN for name, _ in r.steps)
 
 
@@ -238,7 +243,8 @@ def _recursion(truth: Truth, average: bool) -> dict[int, tuple[Tensor, Tensor]]:
         if average:
             h = h * (slope.T @ slope / truth.N)
         else:
-            h = slope.square() * h + second * grad(loss, tensors[k + 1]).detach()
+            above = grad(loss, tensors[k + 1]).detach() if tensors[k + 1].requires_grad else torch.zeros_like(a)
+            h = slope.square() * h + second * above
     return found
 
 
@@ -305,7 +311,7 @@ def _kfac(truth: Truth, options: dict[str, Any], p: Any, found: Any, S: Sequence
             A, B = sides
             made.append((torch.diag(plain.A) if plain.A.dim() == 1 else plain._a[0], A))
             made.append(_noisy(plain._b[0], B, options))
-        elif plain.A is None or plain.rows == 1:
+        elif plain.A is None or (plain.rows == 1 and sharing == "expand"):
             made.append(_noisy(plain.to_dense(), block, options))
     if corrected is not None:
         units = torch.eye(P, dtype=p.dtype).reshape(-1, *p.shape)
