@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hookjac.errors import HookjacError
+from hookjac.explain import arguments
 from hookjac.extend import extend
 from hookjac.tape import Select, select
 from hookjac.testing import Checked, Report, grad, trainable, twice_differentiable
@@ -62,7 +63,7 @@ def check(
     if entries < 1:
         raise ValueError(f"entries must be positive, got {entries}")
     twin = _copied(model)
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(_cast(inputs))
     devices = sorted({p.device.index for p in twin.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices), _in_our_words():
         truth = _Truth(twin, lambda: twin(*args, **kwargs), loss_fn, output)
@@ -122,13 +123,10 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    cast = pytree.tree_map(
+def _cast(inputs: Any) -> Any:
+    return pytree.tree_map(
         lambda t: t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs
     )
-    if isinstance(cast, dict):
-        return (), cast
-    return (tuple(cast) if isinstance(cast, (tuple, list)) else (cast,)), {}
 
 
 class _Truth:

@@ -61,6 +61,14 @@ class Receipt:
         self.factors.setdefault(group, []).append(factor)
 
 
+def demand_possible(plan: Plan, quantities: Sequence[Quantity]) -> None:
+    """Refuse samples that are not there, and results that would not fit."""
+    for q in quantities:
+        demand_samples(q, plan.N)
+    params = list(plan.params.values())
+    refuse_large_results(quantities, params, [plan.names[id(p)] for p in params], plan.N, plan.out_shape.numel())
+
+
 class Walk:
     """One backward's worth of derivatives."""
 
@@ -77,12 +85,9 @@ class Walk:
         self.probed: dict[Probes, dict[int, tuple[Tensor, Tensor]]] = {}
         self.results: Results = {p: {} for p in plan.names}
         self.receipts = {p: Receipt(open=len(plan.uses.of.get(p, [])) + (p in plan.glue)) for p in plan.names}
-        self.out_shape = plan.selected[0].shape[1:] if plan.selected else torch.Size()
+        self.out_shape = plan.out_shape
         self.direct = {p: self._penalty(p, g) for p, g in plan.top.direct.items()}
-        for q in quantities:
-            demand_samples(q, plan.N)
-        params = list(plan.params.values())
-        refuse_large_results(quantities, params, [plan.names[id(p)] for p in params], plan.N, self.out_shape.numel())
+        demand_possible(plan, quantities)
 
     def _penalty(self, p: int, gradient: Tensor) -> Product:
         return Product(self.plan.names[p], edge_of(self.plan.params[p]), lambda which: gradient)

@@ -78,7 +78,7 @@ class _Foreseeing(extend):
     def watching(self) -> Iterator[None]:
         """Note the calls of layers: of modules without children, or with parameters of their own."""
         names = Members(self.model).modules
-        begun: list[int] = []
+        begun: list[tuple[nn.Module, int]] = []
         sequence = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
 
         def a_layer(module: nn.Module) -> bool:
@@ -87,13 +87,17 @@ class _Foreseeing(extend):
 
         def before(module: nn.Module, args: Any) -> None:
             if a_layer(module):
-                begun.append(sequence())
+                begun.append((module, sequence()))
 
         def after(module: nn.Module, args: Any, out: Any) -> None:
             if a_layer(module):
                 shape = next((tuple(t.shape) for _, t in leaves(out)), ())
                 last = sequence()
-                self._called.append(Called(names[module] or "(model)", type(module).__name__, shape, begun.pop(), last))
+                while begun[-1][0] is not module:  # one that failed, and whose error the model caught
+                    begun.pop()
+                self._called.append(
+                    Called(names[module] or "(model)", type(module).__name__, shape, begun.pop()[1], last)
+                )
 
         hooks: list[RemovableHandle] = []
         try:

@@ -56,6 +56,11 @@ class Plan:
         self._find_masked(reachable(self.route, starts, lambda key: self.uses.data(self.route, key)))
         self._find_glue()
 
+    @property
+    def out_shape(self) -> torch.Size:
+        """Of one sample's selected output."""
+        return self.selected[0].shape[1:] if self.selected else torch.Size()
+
     def demand_graph(self) -> None:
         """Refuse a second backward through what autograd would take the derivatives of for zero."""
         with second_backward(list(self.names.values())):

@@ -234,6 +234,7 @@ class _Prices:
 
 
 def station(plan: Plan, key: Key) -> float:
+    """FLOPs of one column of all samples through it, roughly."""
     size = float(sum(e.shape.numel() for e in plan.route.outs[key] if e.leaf is None))
     call = plan.route.calls.get(key)
     if call is not None:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hookjac.checkpoints import Recomputed
 from hookjac.described import Described, describe
-from hookjac.engine import Results, Walk
+from hookjac.engine import Results, Walk, demand_possible
 from hookjac.errors import HookjacError
 from hookjac.explanation import Called, Explanation, tell
 from hookjac.graph import Edge
@@ -187,7 +187,7 @@ class Service:
                 try:
                     if q.wish not in roads:
                         roads[q.wish] = Seeds(plan, {q.wish: q.name}, start=False).roads
-                    Walk(plan, [q], contextlib.nullcontext)  # looks at sizes only
+                    demand_possible(plan, [q])
                 except HookjacError as error:
                     refused[q.name] = str(error)
             found = next((r for r in roads.values() if r is not None), None)

@@ -182,9 +182,7 @@ class Survey:
     def _reduced(self, q: Quantity, name: str, p: Tensor, form: Factor | None) -> tuple[Cost, Any]:
         try:
             return _counted(functools.partial(q.reduce, self._received(q, name, p, form)))
-        except HookjacError:
-            raise
-        except (NotImplementedError, RuntimeError):  # it depends on the data (which rows of a table meet)
+        except NotImplementedError:  # a size that depends on the data (which rows of a table meet)
             passed = sum(t.numel() for t in form.tensors) if form is not None else 0
             return Cost(passed, passed), _counted(functools.partial(q.reduce, self._received(q, name, p, None)))[1]
 
@@ -213,9 +211,9 @@ def survey(plan: Plan, roads: Roads | None = None) -> Survey:
     works = {key: Cost(station(plan, key), _made(plan, key)) for key in plan.route.order if key in plan.needed}
     return Survey(
         N=N,
-        C=plan.selected[0].shape[1:].numel() if plan.selected else 0,
+        C=plan.out_shape.numel() if plan.selected else 0,
         D=sum(features(e, N) for e in edges),
-        out=plan.selected[0].shape[1:] if plan.selected else torch.Size(),
+        out=plan.out_shape,
         widest=max((e.shape.numel() for e in below), default=0),
         through=sum((cost for key, cost in works.items() if key in plan.through), Cost()),
         masked=sum((cost for key, cost in works.items() if key in plan.masked and key not in plan.through), Cost()),
@@ -283,13 +281,15 @@ def _gemm(x: Any, w: Any, *rest: Any, out_val: Any) -> float:
     return 2.0 * x.numel() * w.shape[0]
 
 
+_FLOPS: dict[Any, Callable[..., Any]] = {**flop_registry, getattr(torch.ops.mkldnn, "_linear_pointwise", None): _gemm}
+
+
 class Count(TorchDispatchMode):
     """Counts the cost of what runs inside. Questions about data that is not there are answered with no."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cost = Cost()
-        self._known = {**flop_registry, getattr(torch.ops.mkldnn, "_linear_pointwise", None): _gemm}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -298,7 +298,7 @@ class Count(TorchDispatchMode):
         if func is torch.ops.aten.bincount.default and args[0].is_meta and len(args) > 2 and args[1] is None:
             return args[0].new_empty(args[2])
         out = func(*args, **kwargs)
-        known = self._known.get(func._overloadpacket)
+        known = _FLOPS.get(func._overloadpacket)
         if known is not None:
             self.cost += Cost(float(known(*args, **kwargs, out_val=out)))
         elif not func.is_view and isinstance(out, Tensor):

@@ -1,4 +1,8 @@
-"""Switches of the whole process that blocks turn while they are open."""
+"""Switches of the whole process that blocks turn while they are open.
+
+Here and wherever something is undone, it is written out twice: once, and once more if that was interrupted. A function
+for it would bring what it guards against, for a signal is also taken notice of where a function begins.
+"""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ def state() -> tuple[Any, ...]:
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
         torch.get_rng_state().shape,
         torch.Tensor.retain_grad is _RETAIN_GRAD,
+        private._is_torch_function_enabled(),
         list(watch.open_blocks()),
         [len(switch._users) for switch in (MATH_ATTENTION, QUIET_VMAP, SILENT, watch._RETAINING)],
         private._debug_only_are_vmap_fallback_warnings_enabled(),

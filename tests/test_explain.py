@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -229,7 +230,8 @@ def test_it_prints_and_shows_in_a_notebook() -> None:
         assert words in text
     assert html.count("<table>") == html.count("</table>") == 3
     assert "&#x27;linear&#x27;" in html
-    assert len({len(line) for line in text.split("\n\n")[0].splitlines()[:1]}) == 1
+    starts = {line.index("rule") for line in text.split("\n\n")[0].splitlines() if "rule" in line}
+    assert len(starts) == 1, "columns stand below each other"
 
 
 def test_inputs_and_losses_of_all_kinds() -> None:
@@ -267,3 +269,27 @@ def test_any_number_of_samples(N: int) -> None:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert bills["grad_sample"].bytes == N * size
     assert bills["ggn_sqrt"].bytes == N * C * size
+
+
+def test_a_layer_that_fails_and_is_caught() -> None:
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.wrong, self.b = nn.Linear(D, 4), nn.Linear(7, 4), nn.Linear(4, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with contextlib.suppress(RuntimeError):
+                self.wrong(x)
+            out: Tensor = self.b(self.a(x).tanh())
+            return out
+
+    told = explain(Careful(), torch.randn(N, D), "grad_sample")
+    assert [(layer.layer, layer.road) for layer in told.layers[:2]] == [("a", "rule 'linear'"), ("b", "rule 'linear'")]
+
+
+def test_what_depends_on_the_data_has_a_price_all_the_same() -> None:
+    """Which rows of a table meet is not to be known from sizes."""
+    bills = explain(Sentence(), torch.randint(20, (N, 6)), "grad_sample_gram").quantities
+    price = bills["grad_sample_gram"].each["e.weight"]
+    assert price.flops == N * 6 * (8 + 2), "once over what was looked up, and where"
+    assert price.bytes == 8 * N * N

@@ -144,6 +144,13 @@ def _checkpointed(reentrant: bool) -> nn.Module:
               a=nn.Linear(D, 4), c=nn.Linear(4, 4), b=nn.Linear(4, C))  # fmt: skip
 
 
+def _read(ext: Any) -> None:
+    for p in ext.model.parameters():
+        assert p.jac.shape[2:] == p.shape
+        assert p.jac.dtype == p.dtype
+        assert p.jac.sum().dim() == 0
+
+
 def _products(ext: Any) -> None:
     v = torch.randn(ext.hessian.shape[1])
     close(ext.hessian @ v, ext.hessian @ v, "twice")
@@ -242,6 +249,7 @@ SCENARIOS: dict[str, Callable[[], Scenario]] = {
     "norms, under hooks": block(lambda: mlp(nn.Tanh), "grad_sample_norm", "jac", hooked=True),
     "piecewise linear": block(lambda: mlp(nn.ReLU), "ggn_diag", "hess_diag", "ggn_diag_mc", "kfac"),
     "random, under hooks": block(lambda: mlp(nn.Tanh), "hutchinson", "kfac", "hesscale", hooked=True),
+    "the Jacobian, read": block(lambda: mlp(nn.Tanh), "jac", after=_read),
     "products": block(lambda: mlp(nn.Tanh), "ggn_mp", "hess_mp", hooked=True, after=_products),
     "a graph": block(lambda: mlp(nn.Tanh), "jac", "grad_sample", create_graph=True),
     "functional": block(_glued, "grad_sample", "jac", "hess_diag", "ggn_diag"),

@@ -21,6 +21,7 @@ from hookjac.apart import demand_apart
 from hookjac.errors import HookjacError, needed_by
 from hookjac.extend import extend
 from hookjac.quantity import GradSample, GradSampleNorm, Quantity
+from hookjac.tape import Select
 
 with needed_by("hookjac.clients.opacus", "opacus>=1.5"):
     import opacus
@@ -30,7 +31,6 @@ with needed_by("hookjac.clients.opacus", "opacus>=1.5"):
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
     from opacus.validators import ModuleValidator
     from opacus.validators.errors import UnsupportedModuleError
-from hookjac.tape import Select
 
 Reduction = Literal["mean", "sum"]
 
