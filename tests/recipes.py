@@ -176,6 +176,23 @@ def _experts(m: Any, x: Tensor, e: Tensor) -> Tensor:
     return torch.einsum("ntd,kde,ntk->nte", x, m.w, torch.softmax(m.f(e), -1)[..., :2])
 
 
+def _slope(m: Any, x: Tensor) -> Tensor:
+    """A net's own derivative in its input, as of an energy or a differential equation."""
+    at = x if x.requires_grad else x.detach().requires_grad_()
+    (found,) = torch.autograd.grad(m.f(at).sin().sum(), at, create_graph=True)
+    return found
+
+
+def _solved(x: Tensor, e: Tensor) -> Tensor:
+    A = torch.eye(x.shape[2]).to(x) + 0.3 * e.mT @ e
+    return torch.linalg.solve(A, x.mT).mT
+
+
+def _patches(x: Tensor) -> Tensor:
+    image = F.unfold(x.unsqueeze(1), 3, padding=1)  # [N, 9, T d]
+    return (image * torch.linspace(-1, 1, 9).to(x)[:, None]).sum(1).view(x.shape)
+
+
 def _rows_of(x: Tensor) -> Tensor:
     """Row numbers of a table of four, from the signs of x."""
     return (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()
@@ -320,6 +337,28 @@ MORE_STEPS: dict[str, Step] = {
     "in-place views": _after_linear(lambda m, h, e: _in_views(h, e)),
     "in-place sum": _after_linear(lambda m, h, e: h.add_(e)),
     "scatter": _after_linear(lambda m, h, e: h.scatter_add(2, (e > 0).long(), e.sin())),
+    "own slope": (linear, lambda m, x, e: _slope(m, x)),
+    "solve": _glue(_solved), "patches": _glue(lambda x, e: _patches(x)),
+    "gated linear unit": _glue(lambda x, e: F.glu(torch.cat([x, e], -1))),
+    "reflected": _glue(lambda x, e: F.pad(x, (1, 0), mode="reflect")[..., :-1]),
+    "cosine similarity": _glue(lambda x, e: x * F.cosine_similarity(x, e + 0.5, dim=-1).unsqueeze(-1)),
+    "local response": _glue(lambda x, e: F.local_response_norm(x.transpose(1, 2), 2).transpose(1, 2)),
+    "smooth upsampling": _glue(lambda x, e: F.interpolate(x, x.shape[2] + 2, mode="linear")[..., 1:-1]),
+    "error function": _glue(lambda x, e: torch.erf(x) + torch.atan2(x, 2 + e.sin())),
+    "triangle": _glue(lambda x, e: torch.tril(x) + torch.triu(e, 1)),
+    "products of rows": _glue(lambda x, e: x * (1 + 0.2 * e).prod(-1, keepdim=True)),
+    "written rows": _glue(lambda x, e: x.index_copy(2, torch.tensor([0]), e[..., 1:2].sin())),
+    "added rows": _glue(lambda x, e: x.index_add(2, torch.tensor([1, 1]), e[..., :2])),
+    "windows": _glue(lambda x, e: x.unfold(2, 2, 1).prod(-1).sum(-1, keepdim=True) + e),
+    "mapped": (linear, lambda m, x, e: torch.vmap(lambda a, b: torch.tanh(F.linear(a, m.f.weight)) * b)(x, e)),
+    "two layers, projected": (lambda d: {"f": nn.LSTM(d, d + 1, 2, batch_first=True, proj_size=d)},
+                              lambda m, x, e: m.f(x)[0]),
+    "decoder layer": (lambda d: {"f": nn.TransformerDecoderLayer(d, 1, 2, 0.0, batch_first=True)},
+                      lambda m, x, e: m.f(x, e)),
+    "old weight norm": (lambda d: {"f": nn.utils.weight_norm(nn.Linear(d, d))}, lambda m, x, e: m.f(x)),
+    "spectral norm": (lambda d: {"f": parametrizations.spectral_norm(nn.Linear(d, d)).eval()}, lambda m, x, e: m.f(x)),
+    "called with a copy": (linear, lambda m, x, e: torch.func.functional_call(
+        m.f, {"weight": m.f.weight * 0.5, "bias": m.f.bias}, (x,))),
     "no gradient": _glue(lambda x, e: x + e.detach().sin()),
 }  # fmt: skip
 STEPS: dict[str, Step] = {**FEW_STEPS, **MORE_STEPS}
@@ -498,12 +537,17 @@ def data_loss(r: Recipe, out: Any, seed: int, rows: slice = slice(None), whole: 
 # Building ---------------------------------------------------------------------------------------------------------
 
 
+def at_rest(net: nn.Module) -> None:
+    """What mixes samples, or keeps a state from call to call, in training mode."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm1d) or type(m).__name__ == "_SpectralNorm":
+            m.eval()
+
+
 def build(r: Recipe) -> Net:
     torch.manual_seed(r.seed)
     net = Net(r).to(torch.float64 if r.dtype == "float64" else torch.float32)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm1d):
-            m.eval()
+    at_rest(net)
     params = list(net.parameters())
     for k in r.frozen[: len(params) - 1]:
         params[k % len(params)].requires_grad_(False)
@@ -623,7 +667,7 @@ def recipes(draw: Any, longest: int = 6) -> Recipe:
     way = draw(st.sampled_from(["extend"] * 8 + ["create_graph", "accumulate"]))
     if way == "accumulate" and LOSSES[loss][0] == "":
         way = "extend"
-    dtype = draw(st.sampled_from(["float64"] * 12 + ["float32", "float32", "bfloat16"]))
+    dtype = draw(st.sampled_from(["float64"] * 12 + ["float32", "float32", "bfloat16"] * (way != "accumulate")))
     names = FIRST_ORDER if way == "create_graph" or dtype == "bfloat16" else tuple(MAKERS)
     names = ADDING if way == "accumulate" else names
     if dtype == "float32":

@@ -22,7 +22,7 @@ import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from oracle import grad, trainable
-from recipes import LOSSES, Ask, Recipe, build, chunked, data_loss, inputs, penalty, recipes, records
+from recipes import LOSSES, Ask, Recipe, at_rest, build, chunked, data_loss, inputs, penalty, recipes, records
 from torch import Tensor, nn
 from truths import Truth, pairs
 
@@ -32,7 +32,7 @@ from hookjac import HookjacError
 # What hookjac may refuse, and of which recipes
 KNOWN: dict[str, Callable[[Recipe], bool]] = {
     "passes no output of the model": lambda r: r.output is not None,
-    "the selected output does not require grad": lambda r: True,
+    "the selected output does not require grad|returned no tensor that requires grad": lambda r: not possible(r),
     "hesscale is defined for parameters that are used once": lambda r: True,
     "kfra is defined for parameters that are used once": lambda r: True,
     "simplifies the curvature at every step down, and cannot": lambda r: True,
@@ -144,7 +144,8 @@ class Step:
         # how far plain autograd is off in that precision tells how far one may be
         twin = None if own is torch.float64 else self.truth(torch.float64)
         if twin is not None:  # what cancels leaves the rounding of its terms
-            size = max(float(grad(twin.loss, p).abs().max()) for p in trainable(twin.model).values())
+            heads = [twin.loss, twin.output.sum()]
+            size = max(float(grad(t, p).abs().max()) for p in trainable(twin.model).values() for t in heads)
             self.scale = max(1.0, size, size**2)
         if gradients:
             self.compare_gradients(left, truth, twin)
@@ -248,8 +249,8 @@ def change(r: Recipe, number: int, model: nn.Module) -> None:
             p.mul_(0.97).add_((0.01 * torch.randn(p.shape, generator=draw)).to(p) * (p != 0))
     params = list(model.parameters())
     if what in ("eval", "train"):
-        for m in model.modules():
-            m.training = what == "train" and not isinstance(m, nn.BatchNorm1d)
+        model.train(what == "train")
+        at_rest(model)
     if what == "freeze":
         live = [p for p in params if p.requires_grad]
         if len(live) > 1:
@@ -464,7 +465,7 @@ def sweep(
 @click.command(help=__doc__)
 @click.option("--minutes", type=float, default=1.0)
 @click.option("--start", type=int, default=0, help="The first seed.")
-@click.option("--examples", type=int, default=100, help="Recipes for each seed.")
+@click.option("--examples", type=int, default=30, help="Recipes for each seed.")
 @click.option("--shrinking", type=float, default=60.0, help="Seconds for making a failing case small.")
 def main(minutes: float, start: int, examples: int, shrinking: float) -> None:
     torch.set_num_threads(1)
