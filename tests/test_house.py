@@ -26,9 +26,9 @@ PACKAGE = ROOT / "hookjac"
 
 # each may import only from those before it; the files of a folder share a place
 ORDER = [
-    "errors", "switches", "talkers", "sharded", "memory", "gemm", "ways", "samples", "members", "mended", "graph",
-    "checkpoints", "progress", "products", "factor", "deliver", "rule", "places", "layers", "tape", "apart", "watch",
-    "described", "route", "structure", "uses", "kinks", "loss", "plan", "gathering", "handover", "operator",
+    "errors", "given", "switches", "talkers", "sharded", "memory", "gemm", "ways", "samples", "members", "mended",
+    "graph", "checkpoints", "progress", "products", "factor", "deliver", "rule", "places", "layers", "tape", "apart",
+    "watch", "described", "route", "structure", "uses", "kinks", "loss", "plan", "gathering", "handover", "operator",
     "kronecker", "structured", "jacobian", "quantity", "sums", "ranks", "distributed", "limits", "head",
     "curvature", "roads", "seeds", "engine", "explain", "passage", "reading", "passing", "service", "extend",
     "files", "saving", "accumulate", "testing", "check", "plot", "", "clients", "optim", "demo", "__main__",
