@@ -139,8 +139,8 @@ class JacTensor(Tensor):
         if func == _REQUIRES_GRAD:
             return any(t.requires_grad for t in args[0].factor.tensors)
         if name in _ABOUT or name == "__get__":
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            # in one call: an interrupt (Ctrl-C) can leave a `with` without its end, and the state disabled for good
+            return torch._C._disabled_torch_function_impl(func, types, tuple(args), kwargs)
         if name in _STRUCTURED:
             found = _STRUCTURED[name](*args, **kwargs)
             if found is not NotImplemented:

@@ -184,7 +184,7 @@ def looped(f: Outer) -> Tensor:  # -> [V, N, *p], in double precision
 def test_built_and_not(kind: str, V: int, monkeypatch: pytest.MonkeyPatch) -> None:
     turned: list[bool] = []
     real = Outer._build_turned
-    monkeypatch.setattr(Outer, "_build_turned", lambda self: turned.append(True) or real(self))
+    monkeypatch.setattr(Outer, "_build_turned", lambda self, out: turned.append(True) or real(self, out))
     f = OUTERS[kind](V)
     t, L = looped(f), f.g.shape[3]
     top = float(t.abs().max())
