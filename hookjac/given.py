@@ -23,7 +23,7 @@ def flag(**given: Any) -> None:
 def counts(least: int, **given: Any) -> None:
     """Integers that are not less."""
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < _MOST:
             raise ValueError(f"{name} must be {_NUMBERS.get(least, f'an integer from {least} on')}, got {said(value)}")
 
 
@@ -53,7 +53,7 @@ def is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.dtype != torch.bool and not (value.is_complex() or value.is_meta)
     if isinstance(value, Integral):
-        return not isinstance(value, bool) and abs(int(value)) < 1 << 63
+        return not isinstance(value, bool) and abs(int(value)) < _MOST
     return isinstance(value, Real)
 
 
@@ -124,4 +124,5 @@ def said(value: Any) -> str:
     return f"{type(value).__name__}: {value!r:.80}"
 
 
+_MOST = 1 << 63  # PyTorch's own limit
 _NUMBERS = {0: "an integer that is not negative", 1: "a positive integer"}

@@ -28,8 +28,8 @@ def inverted(t: Tensor) -> Tensor | None:  # [n, n], [b, n, n], or a diagonal [n
 
 
 def _demand_weight(weight: Any) -> None:
-    if not given.is_number(weight) or weight != weight:
-        raise ValueError(f"weight must be a number, got {given.said(weight)}")
+    if not given.is_number(weight) or not math.isfinite(weight):
+        raise ValueError(f"weight must be a finite number, got {given.said(weight)}")
 
 
 def _logdet(values: Tensor, damping: float, of: Any) -> Tensor:
@@ -71,6 +71,8 @@ class Kronecker:
             raise ValueError(f"A must be a tensor [i, i], [i] or [b, i, i], or None; got {given.said(A)}")
         given.flag(swapped=self.swapped)
         given.counts(0, rows=self.rows)
+        if A is not None and (A.dtype, A.device) != (B.dtype, B.device):
+            raise ValueError(f"A and B must be of one type and on one device, got {given.said(A)} and {given.said(B)}")
         P = B.shape[:-1].numel() * sides[-1]
         if not isinstance(self.shape, torch.Size) or self.shape.numel() != P:
             raise ValueError(

@@ -31,7 +31,10 @@ class Curvature:
 
     def __init__(self, kind: Literal["ggn", "hessian"], plan: Plan, edges: Sequence[Edge], quiet: Quiet) -> None:
         if not isinstance(plan, Plan):
-            raise TypeError("a Curvature is made by a backward: ext.hessian of extend(model, 'hess_mp'), or ext.ggn")
+            raise TypeError(
+                "a Curvature is made by a backward, ext.hessian of extend(model, 'hess_mp') or ext.ggn, and not of "
+                + given.said(plan)
+            )
         self.kind, self._quiet = kind, quiet
         self._names: Mapping[int, str] = plan.names
         self._params = {p: edge_of(t) for p, t in plan.params.items()}

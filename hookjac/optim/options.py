@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MOST = 1 << 63  # PyTorch's own limit
+
 
 def numbers(**found: Any) -> None:
     """Finite and not negative; numbers, or tensors of one."""
@@ -34,7 +36,7 @@ def fractions(**found: Any) -> None:
 def counts(least: int, **found: Any) -> None:
     """Integers that are not less."""
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < _MOST:
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r:.80}")
 
 
@@ -57,5 +59,5 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.dtype != torch.bool and not (value.is_complex() or value.is_meta)
     if isinstance(value, Integral):
-        return not isinstance(value, bool) and abs(int(value)) < 1 << 63  # PyTorch's own limit
+        return not isinstance(value, bool) and abs(int(value)) < _MOST
     return isinstance(value, Real)

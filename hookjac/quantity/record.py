@@ -289,18 +289,18 @@ class Quantity:
         return not isinstance(self.columns, (Loss, Output))
 
 
-def chosen(samples: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+def chosen(samples: Sequence[int] | Tensor | None, what: str = "subsample") -> tuple[int, ...] | None:
     """`subsample=` and `outputs=` as given, as indices."""
     if samples is None:
         return None
     listed: Any = samples.tolist() if hasattr(samples, "tolist") and not getattr(samples, "is_meta", False) else samples
     found = list(listed) if isinstance(listed, (Sequence, range)) and not isinstance(listed, (str, bytes)) else None
     if found and all(isinstance(n, bool) for n in found):
-        raise ValueError("expected indices of samples or outputs, got a mask; pass mask.nonzero()[:, 0]")
+        raise ValueError(f"{what}: expected indices of samples or outputs, got a mask; pass mask.nonzero()[:, 0]")
     if not found or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in found):
         raise ValueError(
-            "expected a list (or a 1-D tensor) of indices of samples or outputs, at least one, counted from 0 and not "
-            f"negative; got {samples!r:.80}"
+            f"{what}: expected a list (or a 1-D tensor) of indices of samples or outputs, at least one, counted from 0 "
+            f"and not negative; got {samples!r:.80}"
         )
     return tuple(int(n) for n in found)
 
