@@ -37,12 +37,14 @@ class JacTensor(Tensor):
 
     @staticmethod
     def __new__(cls, factor: Factor, out: torch.Size, dtype: torch.dtype) -> JacTensor:
-        if not isinstance(factor, Factor) or not isinstance(dtype, torch.dtype):
+        if not isinstance(factor, Factor):
             raise TypeError(
                 f"a JacTensor is made by a backward inside extend(model, 'jac'), not of {given.said(factor)}"
             )
-        if not isinstance(out, torch.Size):
-            raise TypeError(f"out must be a torch.Size, got {given.said(out)}")
+        if not isinstance(out, torch.Size) or not isinstance(dtype, torch.dtype):
+            raise TypeError(
+                f"out must be a torch.Size and dtype a torch.dtype, got {given.said(out)}, {given.said(dtype)}"
+            )
         shape = (factor.N, *out, *factor.param)
         made: JacTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=factor.tensors[0].device, requires_grad=False
