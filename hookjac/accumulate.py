@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from hookjac import files
+from hookjac import files, given
 from hookjac.errors import HookjacError
 from hookjac.extend import extend
 from hookjac.progress import Progress
@@ -69,8 +69,7 @@ def accumulate(
 
     Units: as each quantity has them. Cost: for each batch what `extend` costs. A bar shows where it takes long (tqdm).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"accumulate expects a torch.nn.Module, got {type(model).__name__}")
+    given.model("accumulate", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise HookjacError(
             "accumulate got a DistributedDataParallel, which waits for a reduction after every batch. Give it the "
@@ -91,8 +90,8 @@ def accumulate(
     demand_reduction(reduction)
     if (loss_fn is None) == (step is None):
         raise ValueError("give either a loss_fn of output and targets, or step= from (model, batch) to the loss")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a positive number of batches, got {every!r}")
+    given.function(optional=True, loss_fn=loss_fn, step=step)
+    given.counts(1, every=every)
     own = getattr(loss_fn, "reduction", reduction)
     if own != reduction:
         raise ValueError(f"loss_fn has reduction={own!r}, but accumulate was told reduction={reduction!r}")
@@ -102,12 +101,11 @@ def accumulate(
             "the mean of a loss with class weights or ignore_index is not over samples, so that batches do not add up. "
             "Use reduction='sum' (in the loss, too), and divide by the total weight."
         )
-    if checkpoint is not None:
-        files.demand_place(Path(checkpoint))
+    place = None if checkpoint is None else given.path("checkpoint", checkpoint)
+    if place is not None:
+        files.demand_place(place)
     among = None if group is None else group_of(group)
-    return _Run(model, loss_fn, loader, asked, reduction, output, step, among).run(
-        None if checkpoint is None else Path(checkpoint), every
-    )
+    return _Run(model, loss_fn, loader, asked, reduction, output, step, among).run(place, every)
 
 
 def _demand_adds(q: Quantity) -> None:
@@ -167,6 +165,8 @@ class _Run:
 
     def _batch(self, sums: Sums, batch: Any) -> None:
         device = next(iter(self.params.values())).device if self.params else None
+        if any(isinstance(t, Tensor) and t.is_meta for t in pytree.tree_leaves(batch)):
+            raise HookjacError("a batch has a tensor on the device 'meta', which holds no data")
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
         measuring = [replace(q, reduce=measured(q)) for q in self.asked]
         before = {name: {q.name: vars(p).get(q.name) for q in self.asked} for name, p in self.params.items()}
@@ -174,6 +174,9 @@ class _Run:
         try:
             with extend(self.model, *measuring, output=self.output):
                 loss = self._loss(batch)
+                if not isinstance(loss, Tensor):
+                    who = "loss_fn" if self.step is None else "step"
+                    raise TypeError(f"{who} must return the loss as a tensor, got {given.said(loss)}")
                 torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
                 found = {name: {q.name: vars(p).pop(q.name) for q in self.asked} for name, p in self.params.items()}
         finally:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.members import as_it_was
 from hookjac.samples import agree
@@ -43,6 +44,7 @@ def demand_apart(model: nn.Module, output: Select = None) -> Iterator[None]:
     output: which tensor is meant, as for `extend`. Cost: three forwards, once for each state of the model (training
     or not), with random state and buffers put back after each. Open it before the block of `extend`.
     """
+    given.model("demand_apart", model)
     if _state(model, output) in _TRIED.get(model, ()):
         yield
         return

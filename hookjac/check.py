@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.explain import arguments
 from hookjac.extend import extend
@@ -60,8 +61,11 @@ def check(
         if q not in _CHECKS:
             raise ValueError(f"check knows no entry-by-entry definition of {q!r}. It knows {', '.join(_CHECKS)}.")
     asked = quantities or _OURS
-    if entries < 1:
-        raise ValueError(f"entries must be positive, got {entries}")
+    given.model("check", model)
+    given.function(loss_fn=loss_fn)
+    given.counts(1, entries=entries)
+    given.counts(0, seed=seed)
+    given.numbers(rtol=rtol)
     twin = _copied(model)
     args, kwargs = arguments(_cast(inputs))
     devices = sorted({p.device.index for p in twin.parameters() if p.device.type == "cuda"})
@@ -143,6 +147,8 @@ class _Truth:
         with twice_differentiable():
             whole = self.call()
         self.output, self.loss = select(whole, output), loss_fn(whole)
+        if not isinstance(self.loss, Tensor):
+            raise TypeError(f"loss_fn must return the loss as a tensor, got {given.said(self.loss)}")
         if not self.output.dim() or not len(self.output):
             raise HookjacError(f"check needs a sample at least; the model gave an output {list(self.output.shape)}")
         if not self.output.requires_grad:

@@ -11,7 +11,7 @@ N samples · D features of one sample at a tensor · V columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -119,11 +119,18 @@ def bends(plan: Plan, key: Key, grads: dict[int, Tensor], edges: list[Edge]) -> 
     if bend.flat:
         return None
     found, is_diagonal = _row_sums(bend, grads, edges) if known else _try_diagonal(bend, grads, edges)
-    if not all(bool(torch.isfinite(t).all()) for t in found) or any(t.is_complex() for t in (*found, *grads.values())):
-        raise RuntimeError("not finite, or complex")
+    if any(t.is_complex() for t in (*found, *grads.values())):
+        raise RuntimeError("complex")
+    # what is no number already, may be none here: it stays in its sample
+    if _finite(grads.values()) and not _finite(found):
+        raise RuntimeError("not finite")
     if not is_diagonal:
         return "full"
     return "diagonal" if any(bool((t != 0).any()) for t in found) else None
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 class Bundle:

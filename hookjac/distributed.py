@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.kronecker import inverted
 from hookjac.ranks import Group, demand_equal, gathered, group_of, reaching, turn
@@ -25,6 +26,7 @@ def shares(sizes: Sequence[torch.Size], ranks: int) -> list[int]:
 
     Cost: b n³. The same on every rank, whatever the values are.
     """
+    given.counts(1, ranks=ranks)
     cost = [float(size.numel()) * (size[-1] if len(size) > 1 else 1) for size in sizes]
     load, owner = [0.0] * ranks, [0] * len(sizes)
     for k in sorted(range(len(sizes)), key=lambda k: (-cost[k], k)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.explanation import Called, Explanation
 from hookjac.extend import extend
@@ -45,8 +46,7 @@ def explain(
     see where it bends.
     """
     asked = quantities or tuple(names())
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of what the model returns, got {type(loss_fn).__name__}")
+    given.function(optional=True, loss_fn=loss_fn)
     args, kwargs = arguments(inputs)
     block = _Foreseeing(model, *asked, output=output)
     with block, as_it_was(model), torch.enable_grad():
@@ -54,7 +54,7 @@ def explain(
             out = model(*args, **kwargs)
         loss = _half_squares(select(out, output)) if loss_fn is None else loss_fn(out)
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn must return the loss, a tensor, got {type(loss).__name__}")
+            raise TypeError(f"loss_fn must return the loss, a tensor, got {given.said(loss)}")
         loss.backward()
     return block.foreseen
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hookjac import memory
+from hookjac import given, memory
 from hookjac.errors import HookjacError
 from hookjac.explanation import Explanation
 from hookjac.jacobian import Jacobian
@@ -68,15 +68,13 @@ class extend:
         reduction: Reduction | None = None,
         after: Callable[[dict[str, nn.Parameter]], object] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"extend expects a torch.nn.Module, got {type(model).__name__}: {model!r:.80}")
+        given.model("extend", model)
         if isinstance(model, nn.DataParallel):
             raise HookjacError(
                 "extend got an nn.DataParallel, which runs copies of the model: results would land on the copies. "
                 "Extend the wrapped module on one device, or use DistributedDataParallel."
             )
-        if not isinstance(create_graph, bool):
-            raise TypeError(f"create_graph must be True or False, got {create_graph!r}")
+        given.flag(create_graph=create_graph)
         if after is not None and not callable(after):
             raise TypeError(f"after must be a function of the parameters, or None; got {after!r:.80}")
         self.model = model

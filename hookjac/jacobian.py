@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hookjac import handover
+from hookjac import given, handover
 from hookjac.factor import Dense, Factor, Lookup, Outer, add_gram, each_gram
 from hookjac.factor.metric import CHUNK
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
@@ -30,8 +30,15 @@ class Jacobian:
     """
 
     def __init__(self, parts: Mapping[str, JacTensor]) -> None:
+        given.mapping("parts", parts, JacTensor)
         self.parts = dict(parts)
         first = next(iter(self.parts.values()))
+        for name, jac in self.parts.items():
+            if (jac.shape[0], jac.out) != (first.shape[0], first.out):
+                raise ValueError(
+                    f"parts must be of the same samples and outputs: {[first.shape[0], *first.out]} and, for {name!r}, "
+                    f"{[jac.shape[0], *jac.out]}"
+                )
         self.N, self.out, self.C = first.shape[0], first.out, first.out.numel()
         self._dtype, self._device = first.dtype, first.device
         self._sizes = [jac.factor.param.numel() for jac in self.parts.values()]
@@ -51,6 +58,8 @@ class Jacobian:
 
     def split(self, v: Tensor) -> list[Tensor]:  # [K, P] -> [K, *p] each
         """Vectors over all parameters, parameter by parameter."""
+        if not isinstance(v, Tensor) or v.dim() != 2 or v.shape[1] != self.shape[1]:
+            raise ValueError(f"expected vectors [K, {self.shape[1]}], got {given.said(v)}")
         parts = v.split(self._sizes, 1)
         return [t.reshape(len(v), *jac.factor.param) for t, jac in zip(parts, self.parts.values(), strict=True)]
 
@@ -95,6 +104,8 @@ class Jacobian:
 
     def diagonal(self, metric: Tensor) -> Tensor:
         """[P]: the diagonal of Jᵀ Λ J, with Λ of each sample diagonal [N, C] or full [N, C, C]."""
+        if not isinstance(metric, Tensor):
+            raise TypeError(f"expected a metric as a tensor, got {given.said(metric)}")
         if metric.shape not in {(self.N, self.C), (self.N, self.C, self.C)}:
             raise ValueError(f"expected a metric [{self.N}, {self.C}] or [.., {self.C}], got {tuple(metric.shape)}")
         return torch.cat([jac.intact.quad(metric).reshape(-1) for jac in self.parts.values()])
@@ -116,9 +127,13 @@ class Jacobian:
             for factor, (S,) in zip(factors, self.split(_rows(covariance, self.shape[1])), strict=True):
                 out += factor.scaled_gram(S)
             return out
-        if len(covariance) != len(factors):
-            raise ValueError(f"expected a Kronecker for each of {len(factors)} parameters, got {len(covariance)}")
+        if not isinstance(covariance, Sequence) or len(covariance) != len(factors):
+            raise ValueError(
+                f"expected a Kronecker for each of {len(factors)} parameters, got {given.said(covariance)}"
+            )
         for (name, jac), K in zip(self.parts.items(), covariance, strict=True):
+            if not isinstance(K, (Kronecker, KroneckerEigen, KroneckerSum)):
+                raise TypeError(f"expected a Kronecker for parameter {name!r}, got {given.said(K)}")
             if K.shape != jac.factor.param:
                 raise ValueError(f"parameter {name!r} has shape {tuple(jac.factor.param)}, its Kronecker {K.shape}")
             out += _spread(jac.factor, K)

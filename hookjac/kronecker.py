@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookjac import given
 from hookjac.errors import HookjacError
-
-
-def _demand_damping(damping: float) -> None:
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping must be a number that is not negative, got {damping!r}")
 
 
 def inverted(t: Tensor) -> Tensor | None:  # [n, n], [b, n, n], or a diagonal [n]
@@ -29,6 +25,23 @@ def inverted(t: Tensor) -> Tensor | None:  # [n, n], [b, n, n], or a diagonal [n
         return 1 / t if bool((t > 0).all()) else None
     factor, info = torch.linalg.cholesky_ex(t)
     return None if bool(info.any()) else torch.cholesky_inverse(factor)
+
+
+def _demand_weight(weight: Any) -> None:
+    if not given.is_number(weight) or not math.isfinite(weight):
+        raise ValueError(f"weight must be a finite number, got {given.said(weight)}")
+
+
+def _logdet(values: Tensor, damping: float, of: Any) -> Tensor:
+    given.numbers(damping=damping)
+    raised = values + damping
+    low, top = raised.min(), raised.abs().max()
+    if bool(low < -1e3 * torch.finfo(raised.dtype).eps * top):
+        raise HookjacError(
+            f"{of!r:.200} has a negative eigenvalue ({low:.1e}, of a loss that is not convex): its "
+            f"determinant has no logarithm. Give a larger damping than {damping}."
+        )
+    return raised.clamp(min=0).log().sum()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +62,23 @@ class Kronecker:
     swapped: bool = False
     rows: int = 0
 
+    def __post_init__(self) -> None:
+        A, B = self.A, self.B
+        if not isinstance(B, Tensor) or B.dim() not in (2, 3) or B.shape[-1] != B.shape[-2]:
+            raise ValueError(f"B must be a tensor [o, o] or [b, o, o], got {given.said(B)}")
+        sides = torch.Size([1, 1]) if A is None else A.shape if isinstance(A, Tensor) else torch.Size()
+        if len(sides) not in (1, 2, 3) or (len(sides) > 1 and sides[-1] != sides[-2]):
+            raise ValueError(f"A must be a tensor [i, i], [i] or [b, i, i], or None; got {given.said(A)}")
+        given.flag(swapped=self.swapped)
+        given.counts(0, rows=self.rows)
+        if A is not None and (A.dtype, A.device) != (B.dtype, B.device):
+            raise ValueError(f"A and B must be of one type and on one device, got {given.said(A)} and {given.said(B)}")
+        P = B.shape[:-1].numel() * sides[-1]
+        if not isinstance(self.shape, torch.Size) or self.shape.numel() != P:
+            raise ValueError(
+                f"shape must be a torch.Size of {P} entries, as A and B have; got {given.said(self.shape)}"
+            )
+
     @property
     def _a(self) -> Tensor:  # [b, i, i]
         if self.A is None:
@@ -68,6 +98,7 @@ class Kronecker:
         return self._close(torch.einsum("kboi,bij->kboj", left, self._a), v)
 
     def _open(self, v: Tensor) -> Tensor:  # [*p] or [k, *p] -> [k, b, o, i]
+        given.tensor("v", v, self.B)
         if v.shape[v.dim() - len(self.shape) :] != self.shape or v.dim() - len(self.shape) not in (0, 1):
             raise ValueError(f"expected a vector of shape [*p] or [k, *p] with p = {tuple(self.shape)}, got {v.shape}")
         b, o = self._b.shape[:2]
@@ -94,11 +125,17 @@ class Kronecker:
 
     def to(self, *args: Any, **kwargs: Any) -> Kronecker:
         """The factors in another precision or on another device, as `Tensor.to`."""
-        A = None if self.A is None else self.A.to(*args, **kwargs)
-        return replace(self, A=A, B=self.B.to(*args, **kwargs))
+        try:
+            A = None if self.A is None else self.A.to(*args, **kwargs)
+            return replace(self, A=A, B=self.B.to(*args, **kwargs))
+        except RuntimeError as error:  # of a device that is none
+            raise ValueError(f"to(...) takes what Tensor.to takes: {error}") from error
 
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
         """Factor by factor: self + weight (other - self), what a moving average does with every new batch."""
+        if not isinstance(other, Kronecker):
+            raise TypeError(f"lerp takes another Kronecker, got {given.said(other)}")
+        _demand_weight(weight)
         forms = [(k.shape, k.swapped, None if k.A is None else k.A.shape, k.B.shape) for k in (self, other)]
         if forms[0] != forms[1]:
             raise ValueError(f"lerp of Kronecker products of different forms: {self} and {other}")
@@ -110,6 +147,8 @@ class Kronecker:
 
         pi² is the mean of A's diagonal over that of B's; 1 with `pi=False`. Without A, B + damping.
         """
+        given.numbers(damping=damping)
+        given.flag(pi=pi)
         if self.A is None:
             return replace(self, B=self._raised(self.B, damping))
         ratio: float | Tensor = 1.0
@@ -126,7 +165,8 @@ class Kronecker:
 
     def inverse(self, damping: float = 0.0, *, pi: bool = True) -> Kronecker:
         """The inverse of `damped(damping)`, again a Kronecker product; by Cholesky. Error where that is singular."""
-        _demand_damping(damping)
+        given.numbers(damping=damping)
+        given.flag(pi=pi)
         damped = self.damped(damping, pi=pi) if damping else self
 
         A, B = None if damped.A is None else inverted(damped.A), inverted(damped.B)
@@ -200,7 +240,7 @@ class KroneckerEigen:
 
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
         """(Q diag(values) Qᵀ + damping)⁻¹ v. v [*p] or [k, *p]. Error where that is singular."""
-        _demand_damping(damping)
+        given.numbers(damping=damping)
         raised = self.values + damping
         if bool((raised == 0).any()):
             raise HookjacError(f"{self.source} has eigenvalues of zero. Give a larger damping than {damping}.")
@@ -208,15 +248,7 @@ class KroneckerEigen:
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """The logarithm of the determinant, with damping added to every eigenvalue; -inf where it is singular."""
-        _demand_damping(damping)
-        raised = self.values + damping
-        low, top = raised.min(), raised.abs().max()
-        if bool(low < -1e3 * torch.finfo(raised.dtype).eps * top):
-            raise HookjacError(
-                f"{self.source} has a negative eigenvalue ({low:.1e}, of a loss that is not convex): its "
-                f"determinant has no logarithm. Give a larger damping than {damping}."
-            )
-        return raised.clamp(min=0).log().sum()
+        return _logdet(self.values, damping, self.source)
 
     def trace(self) -> Tensor:
         """The sum of the eigenvalues."""
@@ -239,6 +271,13 @@ class KroneckerSum:
 
     parts: tuple[Kronecker, ...]
 
+    def __post_init__(self) -> None:
+        parts = self.parts
+        if not isinstance(parts, tuple) or not parts or not all(isinstance(part, Kronecker) for part in parts):
+            raise TypeError(f"parts must be a tuple of Kroneckers, at least one; got {given.said(parts)}")
+        if any(part.shape != parts[0].shape for part in parts):
+            raise ValueError(f"parts must be of one shape, got {[list(part.shape) for part in parts]}")
+
     @property
     def shape(self) -> torch.Size:
         """The parameter's."""
@@ -257,12 +296,13 @@ class KroneckerSum:
 
     def lerp(self, other: KroneckerSum, weight: float) -> KroneckerSum:
         """Factor by factor: self + weight (other - self)."""
+        if not isinstance(other, KroneckerSum) or len(other.parts) != len(self.parts):
+            raise TypeError(f"lerp takes another KroneckerSum of {len(self.parts)} parts, got {given.said(other)}")
         return KroneckerSum(tuple(a.lerp(b, weight) for a, b in zip(self.parts, other.parts, strict=True)))
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """The logarithm of the determinant with `damping` on the diagonal, from the [P, P] matrix: small ones only."""
-        full = self.to_dense()
-        return torch.linalg.slogdet(full + damping * torch.eye(len(full), dtype=full.dtype, device=full.device))[1]
+        return _logdet(torch.linalg.eigvalsh(self.to_dense()), damping, self)
 
     def solve(self, v: Tensor, damping: float = 0.0, *, steps: int = 1000) -> Tensor:
         """(self + damping)⁻¹ v to rounding, by conjugate gradients. v [*p] or [k, *p].
@@ -270,6 +310,8 @@ class KroneckerSum:
         Cost: a product for each step, as many as the matrix has different eigenvalues. Error after `steps` without
         success: a matrix that is nearly singular needs more damping.
         """
+        given.numbers(damping=damping)
+        given.counts(1, steps=steps)
         self.parts[0]._open(v)  # refuses other shapes
         b = v.reshape(-1, self.shape.numel())
         x, r = torch.zeros_like(b), b.clone()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hookjac import handover
+from hookjac import given, handover
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, fenced, gradients, meta
 from hookjac.plan import Plan
@@ -30,6 +30,11 @@ class Curvature:
     """
 
     def __init__(self, kind: Literal["ggn", "hessian"], plan: Plan, edges: Sequence[Edge], quiet: Quiet) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(
+                "a Curvature is made by a backward, ext.hessian of extend(model, 'hess_mp') or ext.ggn, and not of "
+                + given.said(plan)
+            )
         self.kind, self._quiet = kind, quiet
         self._names: Mapping[int, str] = plan.names
         self._params = {p: edge_of(t) for p, t in plan.params.items()}
@@ -83,6 +88,7 @@ class Curvature:
     def products(self, vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """[K, *p] for the ids of some parameters -> the same, of the block that they span."""
         params = {p: self._params[p] for p in vectors}
+        vectors = {p: given.real("vectors", v, *meta(params[p])[1:]) for p, v in vectors.items()}
         if not next(iter(vectors.values())).shape[0]:
             return {p: torch.zeros_like(v) for p, v in vectors.items()}
         with torch.inference_mode(False), torch.enable_grad(), self._quiet():

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from hookjac import given
 from hookjac.errors import HookjacError, needed_by
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
 
@@ -33,6 +34,7 @@ def diagonals(model: nn.Module, quantity: str = "hess_diag", *, columns: int = 4
     A matrix is shown as it is, [out, in]; a convolution's kernels side by side, rows by output channel; a vector as a
     strip. Each panel has a scale of its own, from its largest entry down to a thousandth.
     """
+    given.counts(1, columns=columns)
     found = {name: t.detach() for name, t in _results(model, quantity).items() if isinstance(t, Tensor)}
     if not found:
         raise HookjacError(f"{quantity} is no tensor; a map needs a result of shape [*p], such as hess_diag")
@@ -89,15 +91,20 @@ def gradient_norms(
     samples, or with one or three channels, first or last; without them, their numbers are listed. captions: a word for
     each sample. Norms that are not finite are left out, and counted in the title.
     """
+    given.counts(1, show=show)
     if isinstance(norms, nn.Module):
         parts = list(_results(norms, "grad_sample_norm").values())
         norms = torch.stack([t.detach().double() for t in parts]).square().sum(0).sqrt()
-    values = norms.detach().double().cpu()
+    values = _real("norms", norms)
     if values.dim() != 1 or not len(values):
         raise HookjacError(f"expected norms [N] of at least one sample, got {list(values.shape)}")
-    for what, given in (("images", images), ("captions", captions)):
-        if given is not None and len(given) != len(values):
-            raise HookjacError(f"expected {what} of {len(values)} samples, got {len(given)}")
+    if images is not None:
+        images = _real("images", images)
+    if captions is not None and (not isinstance(captions, Sequence) or isinstance(captions, (str, bytes))):
+        raise TypeError(f"captions must be a list of words, got {given.said(captions)}")
+    for what, its in (("images", images), ("captions", captions)):
+        if its is not None and ((isinstance(its, Tensor) and not its.dim()) or len(its) != len(values)):
+            raise HookjacError(f"expected {what} of {len(values)} samples, got {given.said(its)}")
     odd = int((~values.isfinite()).sum())
     if odd == len(values):
         raise HookjacError(f"none of the {odd} norms is finite")
@@ -149,12 +156,16 @@ def kernel(ntk: Tensor, labels: Tensor | None = None) -> Figure:
     ntk: [N, *out, N, *out], as `ext.ntk`, or [N, N]. The matrix shown is the mean over outputs of each output's own.
     labels: [N]; samples are sorted by them, with lines between.
     """
+    square = _real("ntk", ntk)
     if not ntk.dim() or ntk.dim() % 2 or ntk.shape[: ntk.dim() // 2] != ntk.shape[ntk.dim() // 2 :]:
         raise HookjacError(f"expected a kernel [N, *out, N, *out] or [N, N], got {list(ntk.shape)}")
     N, C = ntk.shape[0], ntk.shape[1 : ntk.dim() // 2].numel()
-    if labels is not None and len(labels) != N:
-        raise HookjacError(f"expected labels of {N} samples, got {len(labels)}")
-    square = ntk.detach().double().cpu().reshape(N, C, N, C)
+    labels = None if labels is None else _real("labels", labels)
+    if labels is not None and labels.shape != (N,):
+        raise HookjacError(f"expected labels of {N} samples, got {given.said(labels)}")
+    if not bool(square.isfinite().all()):
+        raise HookjacError("the kernel has entries that are not finite, so that it has no spectrum")
+    square = square.reshape(N, C, N, C)
     mean = torch.einsum("ncmc->nm", square) / C
     order = torch.arange(N) if labels is None else labels.cpu().argsort(stable=True)
     values = torch.linalg.eigvalsh(square.reshape(N * C, N * C)).flip(0)
@@ -179,6 +190,7 @@ def kronecker(model: nn.Module, *, columns: int = 4) -> Figure:
     A line that falls by many decades is a layer whose curvature lives in few directions. Biases, which have B alone,
     are left out.
     """
+    given.counts(1, columns=columns)
     found = {name: k.source if isinstance(k, KroneckerEigen) else k for name, k in _results(model, "kfac").items()}
     pairs = {name: k for name, k in found.items() if isinstance(k, Kronecker) and k.A is not None}
     if not pairs:
@@ -217,6 +229,8 @@ class Watched:
     def note(self, model: nn.Module, step: int | None = None) -> None:
         """What the parameters have now."""
         found = _results(model, self.quantity)
+        if step is not None:
+            given.counts(0, step=step)
         step = 1 + max((s[-1] for s in self.steps.values()), default=-1) if step is None else step
         for name, t in found.items():
             if not isinstance(t, Tensor) or t.shape != model.get_parameter(name).shape:
@@ -262,7 +276,17 @@ def _spectrum(axes: Axes, values: Tensor, colour: str, label: str) -> None:  # v
     axes.grid(alpha=0.3)
 
 
+def _real(name: str, value: Any) -> Tensor:
+    """Numbers to be drawn, in double precision on the CPU."""
+    if not isinstance(value, Tensor) or value.is_complex() or value.is_meta:
+        raise TypeError(f"{name} must be a tensor of real numbers, got {given.said(value)}")
+    return value.detach().double().cpu()
+
+
 def _results(model: nn.Module, quantity: str) -> dict[str, Any]:
+    given.model("hookjac.plot", model)
+    if not isinstance(quantity, str):
+        raise TypeError(f"quantity must be a name, got {given.said(quantity)}")
     found = {name: vars(p)[quantity] for name, p in model.named_parameters() if quantity in vars(p)}
     if not found:
         raise HookjacError(

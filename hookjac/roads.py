@@ -330,9 +330,11 @@ class Products:
                 )
             masked = list(part.gradients)
             for k, g in enumerate(masked if which is not None else ()):
-                mask = torch.zeros(plan.N, *[1] * (g.dim() - 1), dtype=g.dtype, device=g.device)
-                mask[list(which or ())] = 1
-                masked[k] = g * mask
+                times = torch.zeros(plan.N, dtype=g.dtype, device=g.device)
+                for n in which or ():  # one may be listed twice
+                    times[n] += 1
+                times = times.view(plan.N, *[1] * (g.dim() - 1))
+                masked[k] = torch.where(times > 0, g * times, torch.zeros_like(g))  # not NaN times zero
             return gradients(part.real, [edge], masked, create_graph=True)[0]
 
         alone = range(plan.N) if samples is None else samples

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hookjac import files
+from hookjac import files, given
 from hookjac.errors import HookjacError
 from hookjac.quantity import names
 from hookjac.sharded import like
@@ -83,7 +82,9 @@ def save(results: nn.Module | Results, path: str | os.PathLike[str], *quantities
         raise TypeError(f"save expects a model, or what accumulate or load returned, got {type(results).__name__}")
     if not all(isinstance(q, str) for q in quantities):
         raise TypeError(f"save expects names of quantities after the path, such as 'kfac'; got {quantities!r:.80}")
-    files.demand_place(Path(path))
+    given.flag(dense=dense)
+    place = given.path("path", path)
+    files.demand_place(place)
     found = _lying_on(results, quantities) if isinstance(results, nn.Module) else results
     missing = [q for q in quantities if q not in found]
     if missing or not found:
@@ -101,7 +102,7 @@ def save(results: nn.Module | Results, path: str | os.PathLike[str], *quantities
     }
     if isinstance(found, Accumulated):
         about |= {"samples": found.samples, "batches": found.batches}
-    files.write(Path(path), tensors, about)
+    files.write(place, tensors, about)
 
 
 def _lying_on(model: nn.Module, quantities: tuple[str, ...]) -> Results:
@@ -127,7 +128,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Result
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"load expects a model after the path, got {type(model).__name__}")
-    tensors, about = files.read(Path(path), "results")
+    place = given.path("path", path)
+    if place.is_dir():
+        raise HookjacError(f"{place} is a folder; give the path of a file that save wrote")
+    tensors, about = files.read(place, "results")
     params = {} if model is None else dict(model.named_parameters())
     found: dict[str, dict[str, Any]] = {}
     try:

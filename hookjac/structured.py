@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.factor import Dense, Factor, Lookup, Sum, gram, root
 from hookjac.memory import available, said
@@ -36,6 +37,14 @@ class JacTensor(Tensor):
 
     @staticmethod
     def __new__(cls, factor: Factor, out: torch.Size, dtype: torch.dtype) -> JacTensor:
+        if not isinstance(factor, Factor):
+            raise TypeError(
+                f"a JacTensor is made by a backward inside extend(model, 'jac'), not of {given.said(factor)}"
+            )
+        if not isinstance(out, torch.Size) or not isinstance(dtype, torch.dtype):
+            raise TypeError(
+                f"out must be a torch.Size and dtype a torch.dtype, got {given.said(out)}, {given.said(dtype)}"
+            )
         shape = (factor.N, *out, *factor.param)
         made: JacTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=factor.tensors[0].device, requires_grad=False
@@ -74,6 +83,8 @@ class JacTensor(Tensor):
     def gram(self, other: JacTensor | None = None) -> Tensor:
         """[N, *out, N', *out']: inner products of all rows with those of another Jacobian in the same parameter."""
         other = self if other is None else other
+        if not isinstance(other, JacTensor):
+            raise TypeError(f"gram takes the p.jac of another batch, got {given.said(other)}")
         A, B = self.intact, other.intact
         if A.param != B.param:
             raise ValueError(f"gram of Jacobians in parameters of shapes {tuple(A.param)} and {tuple(B.param)}")
@@ -95,7 +106,7 @@ class JacTensor(Tensor):
         many = _many(v, factor.param, "p")
         if v.is_complex():
             return torch.complex(self.times(v.real), self.times(v.imag))
-        rows = v.reshape(-1, *factor.param).to(factor.tensors[0].dtype)
+        rows = given.real("v", v, factor.tensors[0].dtype, self.device).reshape(-1, *factor.param)
         found = factor.times(rows).transpose(1, 2)  # [K, N, V]
         found = found.reshape(len(rows), factor.N, *self.out).to(self.dtype)
         return found if many else found[0]
@@ -106,7 +117,7 @@ class JacTensor(Tensor):
         many = _many(u, torch.Size([factor.N, *self.out]), "[N, *out]")
         if u.is_complex():
             return torch.complex(self.back(u.real), self.back(u.imag))
-        rows = u.reshape(-1, factor.N, factor.V).transpose(1, 2).to(factor.tensors[0].dtype)
+        rows = given.real("u", u, factor.tensors[0].dtype, self.device).reshape(-1, factor.N, factor.V).transpose(1, 2)
         found = factor.back(rows).to(self.dtype)
         return found if many else found[0]
 

@@ -133,7 +133,7 @@ def select(output: Any, how: Select) -> Tensor:
             found = output[how]
         else:
             found = getattr(output, how)
-    except (KeyError, IndexError, AttributeError, TypeError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise HookjacError(
             f"output={how!r} finds nothing in what the model returned ({_listed(names) or type(output).__name__}): "
             f"{error}."

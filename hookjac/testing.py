@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hookjac import tables
+from hookjac import given, tables
 from hookjac.extend import extend
 from hookjac.quantity import Jac
 from hookjac.rule import lookup
@@ -88,7 +88,10 @@ def loops(
         output = run()
     N, rest = output.shape[0], output.shape[1:]
     free = output.detach().requires_grad_()
-    slope = grad(loss_of(free), free)  # dL/d output
+    value = loss_of(free)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the loss must be a tensor, got {given.said(value)}")
+    slope = grad(value, free)  # dL/d output
     H = torch.stack(
         [torch.stack([grad(s, free)[n].detach().reshape(-1) for s in slope[n].reshape(-1)]) for n in range(N)]
     )  # [N, C, C]
@@ -196,11 +199,17 @@ def check_rule(
     fallback passes for it. hessian: False where PyTorch has no second derivative. Cost: a backward for each entry of
     the output and of the parameters: take it small.
     """
+    given.model("check_rule", module)
+    given.function(loss=loss)
+    given.flag(hessian=hessian)
+    given.numbers(rtol=rtol)
+    if rule is not None and not isinstance(rule, str):
+        raise TypeError(f"rule must be the name of a rule, or None; got {given.said(rule)}")
     model = copy.deepcopy(module).double()
-    given = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
+    cast = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     rows: list[Checked] = []
     used: set[str] = set()
-    for args in (given, [t[:1] if isinstance(t, Tensor) else t for t in given]):
+    for args in (cast, [t[:1] if isinstance(t, Tensor) else t for t in cast]):
         between = _Between(model, args)
         for one in [model] if not between.scaled else [model, between]:
             if any(p.requires_grad for p in one.parameters()):

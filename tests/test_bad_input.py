@@ -308,6 +308,23 @@ def test_exception_in_the_forward() -> None:
     works(model)
 
 
+def test_exception_in_the_forward_of_a_model_with_hooks() -> None:
+    """Ours comes last on the model itself; it goes, even if its turn never came."""
+
+    def fail(m: Any, x: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    model = Fn(fail, a=nn.Linear(D, C))
+    model.register_forward_hook(lambda module, args, out: None)
+    before = attributes(model)
+    with extend(model):
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                model(torch.randn(N, D))
+            assert attributes(model) == before
+    assert attributes(model) == before
+
+
 def test_forward_without_backward() -> None:
     model, x = mlp(nn.Tanh), torch.randn(N, D)
     with extend(model):

@@ -196,7 +196,7 @@ def test_misuse() -> None:
         hookjac.check(model, x, lambda out: F.cross_entropy(out, torch.zeros(N, dtype=torch.long), weight=weight))
     with pytest.raises(HookjacError, match=r"a sample at least; the model gave an output \[0, 3\]"):
         hookjac.check(model, x[:0], random_loss)
-    with pytest.raises(ValueError, match="entries must be positive, got 0"):
+    with pytest.raises(ValueError, match="entries must be a positive integer, got 0"):
         hookjac.check(model, x, random_loss, entries=0)
 
 

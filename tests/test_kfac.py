@@ -581,6 +581,10 @@ def test_what_has_no_inverse_says_so() -> None:
     with pytest.raises(HookjacError, match="negative eigenvalue"):
         indefinite.logdet()
     assert singular.logdet() == -math.inf
+    both = hookjac.KroneckerSum((indefinite, singular))
+    with pytest.raises(HookjacError, match=r"KroneckerSum.* has a negative eigenvalue"):
+        both.logdet()
+    close(both.logdet(1.0), torch.logdet(both.to_dense() + torch.eye(4)), "logdet of a sum")
     for use in (lambda: singular.inverse(-1.0), lambda: singular.solve(v, -1.0), lambda: singular.logdet(math.nan)):
         with pytest.raises(ValueError, match="damping must be"):
             use()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
+from hookjac.optim import options
 
 Closure = Callable[[], Tensor]
 
@@ -70,7 +70,7 @@ class Curved(torch.optim.Optimizer):
             if any(id(p) not in known for p in group["params"]):
                 raise ValueError(f"{type(self).__name__} was given a parameter that is not one of its model's")
             names = ("lr", "damping", "weight_decay", "clip", "momentum", "other_lr")
-            demand(**{name: group[name] for name in names if name in group})
+            options.numbers(**{name: group[name] for name in names if name in group})
         except ValueError:
             self.param_groups.pop()
             raise
@@ -259,10 +259,3 @@ class Curved(torch.optim.Optimizer):
                 f"{type(self).__name__}: the curvature or the gradient of this batch is not finite; nothing was moved. "
                 "Leave the batch out (zero_grad, and go on), or look for what overflowed."
             )
-
-
-def demand(**found: float) -> None:
-    """Numbers that must not be negative."""
-    for name, value in found.items():
-        if not (isinstance(value, (int, float, Tensor)) and 0 <= value < math.inf):
-            raise ValueError(f"{name} must be a number that is not negative, got {value!r}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim.curved import Closure, Curved, demand
+from hookjac.optim import options
+from hookjac.optim.curved import Closure, Curved
 
 
 class DiagonalNewton(Curved):
@@ -39,17 +40,13 @@ class DiagonalNewton(Curved):
         weight_decay: float = 0.0,
         output: Any = None,
     ) -> None:
-        demand(lr=lr, clip=clip, weight_decay=weight_decay)
-        if not damping > 0:
-            raise ValueError(
-                f"damping must be positive, got {damping}: where the curvature is zero, nothing else is left"
-            )
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be at least 0 and less than 1, got {betas}")
-        if negative not in ("abs", "clamp", "still"):
-            raise ValueError(f"negative must be 'abs', 'clamp' or 'still', got {negative!r}")
-        if every < 1:
-            raise ValueError(f"every must be a positive number of steps, got {every}")
+        options.numbers(lr=lr, clip=clip, weight_decay=weight_decay)
+        options.positive(damping=damping)  # where the curvature is zero, nothing else is left
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, of the gradient and of the curvature; got {betas!r:.80}")
+        options.fractions(**{"the first of betas": betas[0], "the second of betas": betas[1]})
+        options.one_of(("abs", "clamp", "still"), negative=negative)
+        options.counts(1, every=every)
         super().__init__(model, params, {
             "lr": lr, "betas": betas, "damping": damping, "weight_decay": weight_decay, "clip": clip, "steps": 0,
         }, output=output)  # fmt: skip

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim.curved import Closure, Curved, demand
+from hookjac.optim import options
+from hookjac.optim.curved import Closure, Curved
 
 
 class GaussNewton(Curved):
@@ -39,11 +40,10 @@ class GaussNewton(Curved):
         refine: int = 1,
         output: Any = None,
     ) -> None:
-        demand(lr=lr, refine=refine)
-        if not (damping > 0 and least_damping > 0):
-            raise ValueError(f"damping and least_damping must be positive, got {damping} and {least_damping}")
-        if tries < 1:
-            raise ValueError(f"tries must be positive, got {tries}")
+        options.numbers(lr=lr)
+        options.positive(damping=damping, least_damping=least_damping)
+        options.counts(1, tries=tries)
+        options.counts(0, refine=refine)
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
         self.demand_precision()
         self.tries, self.refine = tries, refine

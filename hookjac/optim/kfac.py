@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim import averages
-from hookjac.optim.curved import Closure, Curved, demand
+from hookjac.optim import averages, options
+from hookjac.optim.curved import Closure, Curved
 
 
 class KFAC(Curved):
@@ -57,11 +57,12 @@ class KFAC(Curved):
         group: Any = None,
         output: Any = None,
     ) -> None:
-        demand(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
-        if not (0 <= momentum < 1 and 0 <= decay < 1):
-            raise ValueError(f"momentum and decay must be at least 0 and less than 1, got {momentum} and {decay}")
-        if inverse_every < 1 or adapt_every < 0:
-            raise ValueError(f"expected inverse_every > 0 and adapt_every >= 0, got {inverse_every} and {adapt_every}")
+        options.numbers(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
+        options.positive(least_damping=least_damping)
+        options.fractions(momentum=momentum, decay=decay)
+        options.counts(1, inverse_every=inverse_every)
+        options.counts(0, adapt_every=adapt_every)
+        options.flags(corrected=corrected)
         if group is not None and (corrected or adapt_every):
             raise ValueError("over a group, KFAC has neither corrected=True nor adapt_every: their parts do not add up")
         super().__init__(model, params, {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim.curved import Closure, Curved, demand
+from hookjac.optim import options
+from hookjac.optim.curved import Closure, Curved
 
 
 class NaturalGradient(Curved):
@@ -37,11 +38,9 @@ class NaturalGradient(Curved):
         keep: float = 0.9,
         output: Any = None,
     ) -> None:
-        demand(lr=lr, tolerance=tolerance, keep=keep)
-        if not (damping > 0 and least_damping > 0):
-            raise ValueError(f"damping and least_damping must be positive, got {damping} and {least_damping}")
-        if iterations < 1:
-            raise ValueError(f"iterations must be positive, got {iterations}")
+        options.numbers(lr=lr, tolerance=tolerance, keep=keep)
+        options.positive(damping=damping, least_damping=least_damping)
+        options.counts(1, iterations=iterations)
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
         self.iterations, self.tolerance, self.keep = iterations, tolerance, keep
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
+from hookjac.optim import options
 from hookjac.optim.calls import Call, noting
-from hookjac.optim.curved import Closure, Curved, demand
+from hookjac.optim.curved import Closure, Curved
 
 
 class DPSGD(Curved):
@@ -52,11 +53,12 @@ class DPSGD(Curved):
         generator: torch.Generator | None = None,
         output: Any = None,
     ) -> None:
-        demand(lr=lr, noise=noise, momentum=momentum, weight_decay=weight_decay, clip=clip, batch_size=batch_size)
-        if not (clip > 0 and batch_size > 0):
-            raise ValueError(f"clip and batch_size must be positive, got {clip} and {batch_size}")
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        options.numbers(lr=lr, noise=noise, momentum=momentum, weight_decay=weight_decay)
+        options.positive(clip=clip, batch_size=batch_size)
+        options.one_of(("mean", "sum"), loss_reduction=loss_reduction)
+        options.flags(independent=independent)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {generator!r:.80}")
         super().__init__(model, params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, output=output)
         self.batch_size, self.clip, self.noise, self.generator = batch_size, clip, noise, generator
         self.loss_reduction, self.independent = loss_reduction, independent

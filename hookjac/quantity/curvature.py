@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.quantity.gradient import Samples
 from hookjac.quantity.record import GGN, Adds, Hessian, Quantity, Received, Road, Sampled, Wish, chosen
@@ -97,6 +98,8 @@ def GGNSqrt(
     [N V, P]: the Gauss-Newton matrix is W.T @ W, and W.gram() has its eigenvalues. A parameter that the loss does not
     reach has V = 0 columns.
     """
+    given.generator(generator)
+    given.flag(structured=structured)
     wish: Wish = GGN() if samples is None else Sampled(samples, generator)
 
     def reduce(got: Received) -> Tensor:

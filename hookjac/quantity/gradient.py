@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hookjac import given
 from hookjac.factor import Dense, Factor, add_gram, root
 from hookjac.graph import saved
 from hookjac.quantity.record import Adds, Quantity, Received, chosen
@@ -23,8 +24,7 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Sam
     penalty) is shared equally by the N samples. subsample: numbers of the samples wanted. Units: loss / parameter.
     Cost: about one backward, and writing N times the parameters.
     """
-    if loss_reduction not in ("sum", "mean"):
-        raise ValueError(f"loss_reduction must be 'sum' or 'mean', got {loss_reduction!r}")
+    given.choice(("sum", "mean"), loss_reduction=loss_reduction)
 
     def reduce(got: Received) -> Tensor:
         out = own(got.factor)[0] if got.factor is not None else got.zeros(got.M)

@@ -18,7 +18,7 @@ def Jac(*, outputs: Samples = None, subsample: Samples = None) -> Quantity:
     row-major order; the result is then [N, len(outputs), *p]. Units: output / parameter. Cost: C backwards; when read,
     writing N C times the parameters.
     """
-    rows = chosen(outputs)
+    rows = chosen(outputs, "outputs")
 
     def reduce(got: Received) -> JacTensor:
         shape = got.out_shape if rows is None else torch.Size([len(rows)])

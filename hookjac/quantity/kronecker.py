@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor, Lookup, Outer, Sum
 from hookjac.kronecker import Kronecker, KroneckerEigen, KroneckerSum
@@ -53,20 +54,21 @@ def KFAC(
     """
     wishes: dict[str, Wish] = {"mc": Sampled(samples, generator), "exact": GGN(), "empirical": Loss(),
                                "kfra": Averaged()}  # fmt: skip
-    if fisher not in wishes:
-        raise ValueError(f"fisher must be one of {', '.join(map(repr, wishes))}, got {fisher!r}")
-    if sharing not in ("expand", "reduce"):
-        raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}")
-    if otherwise not in ("refuse", "none"):
-        raise ValueError(f"otherwise must be 'refuse' or 'none', got {otherwise!r}")
-    given = corrected if isinstance(corrected, Mapping) else {}
+    given.choice(tuple(wishes), fisher=fisher)
+    given.choice(("expand", "reduce"), sharing=sharing)
+    given.choice(("refuse", "none"), otherwise=otherwise)
+    if not isinstance(corrected, (bool, Mapping)):
+        raise TypeError(
+            f"corrected must be True, False, or a mapping of parameters to KroneckerEigen; got {given.said(corrected)}"
+        )
+    own = corrected if isinstance(corrected, Mapping) else {}
     bases: dict[str, KroneckerEigen] = {}  # of the open block's parameters
     correct = corrected is not False
 
     def opens(params: Mapping[str, Tensor]) -> None:
         named = {id(p): name for name, p in params.items()}
         bases.clear()
-        for key, basis in given.items():
+        for key, basis in own.items():
             name = key if isinstance(key, str) else named.get(id(key), "")
             if name not in params:
                 what = repr(key) if isinstance(key, str) else f"a tensor {list(getattr(key, 'shape', []))}"

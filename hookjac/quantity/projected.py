@@ -11,6 +11,7 @@ import re
 import torch
 from torch import Tensor
 
+from hookjac import given
 from hookjac.factor import Dense, Factor
 from hookjac.quantity.gradient import Samples
 from hookjac.quantity.record import Quantity, Received, chosen
@@ -30,9 +31,8 @@ def GradSampleProjected(*, k: int = 512, seed: int = 0, subsample: Samples = Non
     each position, or single samples' gradients in turn, where that is cheaper. Units: loss / parameter. Cost: about
     one backward, those products, and k (r + c) signs.
     """
-    for name, value, least in (("k", k, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
+    given.counts(1, k=k)
+    given.counts(0, seed=seed)
 
     def reduce(got: Received) -> Tensor:
         out = got.numbers(got.M, k)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.factor import Factor, paired
 from hookjac.graph import saved
@@ -50,14 +51,8 @@ class Sampled:
     generator: torch.Generator | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        _check_draws(self.samples, self.generator)
-
-
-def _check_draws(samples: int, generator: torch.Generator | None) -> None:
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be a positive integer, got {samples!r}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        given.counts(1, samples=self.samples)
+        given.generator(self.generator)
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,8 @@ class Probes:
     generator: torch.Generator | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        _check_draws(self.samples, self.generator)
+        given.counts(1, samples=self.samples)
+        given.generator(self.generator)
 
 
 @dataclass(frozen=True)
@@ -89,10 +85,10 @@ class Hessian:
     flop_limit: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.road not in ("auto", "columns", "features", "entries"):
-            raise ValueError(f"road must be 'auto', 'columns', 'features' or 'entries', got {self.road!r}")
-        if not isinstance(self.flop_limit, (int, float)) or not self.flop_limit > 0:
-            raise ValueError(f"flop_limit must be a positive number of FLOPs, got {self.flop_limit!r}")
+        given.choice(("auto", "columns", "features", "entries"), road=self.road)
+        limit = self.flop_limit
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            raise ValueError(f"flop_limit must be a positive number of FLOPs, got {given.said(self.flop_limit)}")
 
 
 @dataclass(frozen=True)
@@ -220,6 +216,17 @@ class Adds:
     join: Callable[[dict[str, Any], list[Tensor], int], Any] = lambda note, sums, N: sums[0]
     label: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.powers, tuple) or not self.powers:
+            raise TypeError(
+                f"powers must be a tuple of integers, one for each statistic; got {given.said(self.powers)}"
+            )
+        given.counts(0, **{f"power {k} of powers": power for k, power in enumerate(self.powers)})
+        given.function(split=self.split, join=self.join)
+        given.function(optional=True, measure=self.measure)
+        if not isinstance(self.label, str):
+            raise TypeError(f"label must be a text, got {given.said(self.label)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
@@ -258,13 +265,23 @@ class Quantity:
     wish: Wish = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier() or hasattr(Tensor, self.name):
-            raise ValueError(f"a quantity's name becomes an attribute of parameters; {self.name!r} cannot")
-        if isinstance(self.columns, str):
-            if self.columns not in _WISHES:
-                raise ValueError(f"columns must be one of {', '.join(map(repr, _WISHES))}, got {self.columns!r}")
+        if not isinstance(self.name, str) or not self.name.isidentifier() or hasattr(Tensor, self.name):
+            raise ValueError(f"a quantity's name becomes an attribute of parameters; {self.name!r:.80} cannot")
+        if isinstance(self.columns, str) and self.columns in _WISHES:
             object.__setattr__(self, "columns", _WISHES[self.columns]())
+        if not isinstance(self.columns, Wish):
+            raise ValueError(f"columns must be one of {', '.join(map(repr, _WISHES))}, got {given.said(self.columns)}")
         object.__setattr__(self, "wish", self.columns)
+        object.__setattr__(self, "subsample", chosen(self.subsample))
+        given.function(reduce=self.reduce)
+        given.function(optional=True, entries=self.entries, opens=self.opens)
+        given.flag(full=self.full, whole=self.whole, single=self.single)
+        if self.each is not None:
+            given.choice(("norm", "entries"), each=self.each)
+        if self.adds is not None and not isinstance(self.adds, Adds):
+            raise TypeError(f"adds must be a hookjac.Adds, or None; got {given.said(self.adds)}")
+        if not isinstance(self.instead, str):
+            raise TypeError(f"instead must be a text, got {given.said(self.instead)}")
 
     @property
     def curved(self) -> bool:
@@ -272,18 +289,18 @@ class Quantity:
         return not isinstance(self.columns, (Loss, Output))
 
 
-def chosen(samples: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+def chosen(samples: Sequence[int] | Tensor | None, what: str = "subsample") -> tuple[int, ...] | None:
     """`subsample=` and `outputs=` as given, as indices."""
     if samples is None:
         return None
-    given: Any = samples.tolist() if hasattr(samples, "tolist") else samples
-    found = list(given) if isinstance(given, (Sequence, range)) and not isinstance(given, str) else None
+    listed: Any = samples.tolist() if hasattr(samples, "tolist") and not getattr(samples, "is_meta", False) else samples
+    found = list(listed) if isinstance(listed, (Sequence, range)) and not isinstance(listed, (str, bytes)) else None
     if found and all(isinstance(n, bool) for n in found):
-        raise ValueError("expected indices of samples or outputs, got a mask; pass mask.nonzero()[:, 0]")
+        raise ValueError(f"{what}: expected indices of samples or outputs, got a mask; pass mask.nonzero()[:, 0]")
     if not found or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in found):
         raise ValueError(
-            "expected a list (or a 1-D tensor) of indices of samples or outputs, at least one, counted from 0 and not "
-            f"negative; got {samples!r:.80}"
+            f"{what}: expected a list (or a 1-D tensor) of indices of samples or outputs, at least one, counted from 0 "
+            f"and not negative; got {samples!r:.80}"
         )
     return tuple(int(n) for n in found)
 
