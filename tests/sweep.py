@@ -32,7 +32,7 @@ from hookjac import HookjacError
 # What hookjac may refuse, and of which recipes
 KNOWN: dict[str, Callable[[Recipe], bool]] = {
     "passes no output of the model": lambda r: r.output is not None,
-    "the selected output does not require grad": lambda r: True,
+    "the selected output does not require grad|returned no tensor that requires grad": lambda r: not possible(r),
     "hesscale is defined for parameters that are used once": lambda r: True,
     "kfra is defined for parameters that are used once": lambda r: True,
     "simplifies the curvature at every step down, and cannot": lambda r: True,
@@ -465,7 +465,7 @@ def sweep(
 @click.command(help=__doc__)
 @click.option("--minutes", type=float, default=1.0)
 @click.option("--start", type=int, default=0, help="The first seed.")
-@click.option("--examples", type=int, default=100, help="Recipes for each seed.")
+@click.option("--examples", type=int, default=30, help="Recipes for each seed.")
 @click.option("--shrinking", type=float, default=60.0, help="Seconds for making a failing case small.")
 def main(minutes: float, start: int, examples: int, shrinking: float) -> None:
     torch.set_num_threads(1)

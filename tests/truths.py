@@ -338,6 +338,7 @@ def _noisy(found: Tensor, right: Tensor, options: dict[str, Any]) -> tuple[Tenso
 def _sides(truth: Truth, p: Tensor, S: Sequence[int], empirical: bool, sharing: str) -> tuple[Tensor, Tensor] | None:
     """A and B of a weight that is used by layers, and by nothing else; None for all else."""
     uses = [(m, *use) for m, its in truth.seen.items() for use in its if getattr(m, "weight", None) is p]
+    uses = [use for use in uses if _reached(truth.loss, use[2])]
     if not uses or any(getattr(m, "groups", 1) > 1 for m, _, _ in uses) or len({type(m) for m, _, _ in uses}) > 1:
         return None
     if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m, _, _ in uses):
@@ -382,6 +383,10 @@ def _sides(truth: Truth, p: Tensor, S: Sequence[int], empirical: bool, sharing: 
     A = rows.T @ rows / len(rows)
     M = each.new_ones(truth.N, 1, 1) if H is None else H
     return A, torch.einsum("ncro,ncd,ndrp->op", each, M, each)
+
+
+def _reached(loss: Tensor, z: Tensor) -> bool:
+    return torch.autograd.grad(loss, z, retain_graph=True, allow_unused=True)[0] is not None
 
 
 def _only(s: Tensor, n: int) -> Tensor:
