@@ -69,7 +69,7 @@ class Step:
             self.N, self.T = self.N + (what == "size"), min(self.T + (what == "longer"), 4)
         self.scale = 1.0
         self.x = inputs(r, self.N, self.T, self.seed)
-        if r.given == "numbers" and self.seed % 2 and r.trigger != "inputs":
+        if r.given == "numbers" and self.seed % 2 and r.trigger != "inputs" and r.way != "accumulate":
             self.x.requires_grad_()
 
     def run(self, model: nn.Module, x: Tensor) -> Any:
@@ -346,7 +346,7 @@ def by_accumulate(r: Recipe, came: Came) -> None:
     if any(name in RANDOM for name, _ in r.steps):
         raise NoTruth("batches have random numbers of their own")
     step, model, left = Step(r, 0), build(r), Left()
-    x = step.x.detach()
+    x = step.x
 
     def loss(m: nn.Module, rows: slice) -> Tensor:
         return data_loss(r, step.run(m, x[rows]), step.seed, rows, r.N) + penalty(r, m)
