@@ -99,6 +99,8 @@ def _row_sums(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tuple[
 def _try_diagonal(bend: Bend, grads: dict[int, Tensor], edges: list[Edge]) -> tuple[list[Tensor], bool]:
     """Row sums, and whether they are all there is: a random vector tells."""
     like = next(iter(grads.values()))
+    if any(meta(edge)[1].is_complex for edge in edges):
+        raise RuntimeError("it bends complex numbers, in both of their parts together")
     probes = []
     for k, edge in enumerate(edges):
         r = random(edge.shape, k, like.device, like.dtype)

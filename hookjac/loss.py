@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
-from hookjac.graph import Edge, edge_of, fenced, gradients, meta
+from hookjac.graph import Edge, edge_of, fenced, gradients, meta, ordered
 from hookjac.kinks import crossing
 from hookjac.products import units
 from hookjac.route import Key, Route
 from hookjac.samples import Layout, agree, random, scaled, scales
-from hookjac.structure import separable
+from hookjac.structure import scales_linearly, separable
 
 
 def scalar(tensors: list[Tensor], weights: list[Tensor | None]) -> Tensor:
@@ -114,16 +114,22 @@ def leading_to(route: Route, edges: Collection[Edge]) -> set[Key]:
 
 
 def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str], N: int) -> dict[int, Tensor]:
-    """Tracked parameters that these edges lead to, by ways that hold no sample."""
+    """Tracked parameters that these edges lead to, by ways that hold no sample.
+
+    What leads to none may be joined to them by sums, as a loss of other tensors is to a penalty, and by nothing else:
+    data that require a gradient are data as well.
+    """
     found: dict[int, Tensor] = {}
-    suspects: list[Tensor] = []
-    seen: set[Key] = set()
-    stack = [route.key(edge) for edge in starts]
+    suspects: list[torch.Size] = []
+    needed = route.needed(names.keys())
+    seen: set[tuple[Key, bool]] = set()
+    # and whether all above is linear
+    stack = [(key, True) for edge in starts if (key := route.key(edge)) in needed]
     while stack:
-        key = stack.pop()
-        if key in seen:
+        at = key, linear = stack.pop()
+        if at in seen:
             continue
-        seen.add(key)
+        seen.add(at)
         leaf = route.leaf(key)
         here = [] if leaf is None else [leaf]
         if key in route.calls:
@@ -131,15 +137,47 @@ def _parameters_below(route: Route, starts: list[Edge], names: Mapping[int, str]
         found.update((id(p), p) for p in here if id(p) in names)
         if N > 1 and leaf is None:
             suspect = _may_be_samples(route, key, N)
-            suspects += [] if suspect is None else [suspect]
-        stack += [route.key(edge) for edge in route.after[key] if edge is not None]
+            suspects += [] if suspect is None else [suspect.shape]
+            suspects += [] if linear else _spread(route, key, N)
+        linear = linear and scales_linearly(route, key)
+        after = [(edge, route.key(edge)) for edge in route.after[key] if edge is not None]
+        stack += [(k, linear) for _, k in after if k in needed]
+        if N > 1 and not linear:
+            met = {tuple(edge.shape) for edge, k in after if k in needed}
+            suspects += [t.shape for _, k in after if k not in needed for t in _data_below(route, k, N, met)]
     if found and suspects:
         raise HookjacError(
             f"the loss reaches parameter {names[next(iter(found))]!r} past the model's outputs, where it meets a "
-            f"constant of shape {tuple(suspects[0].shape)}: these may be the {N} samples, and hookjac cannot tell. "
+            f"constant of shape {tuple(suspects[0])}: these may be the {N} samples, and hookjac cannot tell. "
             "Return what is made there from the model as well, batch first, and select the main output with "
             "extend(output=...). If it is a penalty, call its backward outside the block."
         )
+    return found
+
+
+def _spread(route: Route, key: Key, N: int) -> list[torch.Size]:
+    """Where something is added that autograd does not keep, the shape to which parameters are spread by it."""
+    (edge, *_), after = route.outs[key], route.after[key]
+    if type(key).__name__ not in ("AddBackward0", "SubBackward0") or None not in after:
+        return []
+    alike = any(e is not None and e.shape == edge.shape for e in after)
+    return [edge.shape] if not alike and _rows_of_samples(edge.shape, N) else []
+
+
+def _rows_of_samples(shape: torch.Size, N: int) -> bool:
+    return any(d >= N and d % N == 0 for d in shape)
+
+
+def _data_below(route: Route, key: Key, N: int, met: Collection[tuple[int, ...]]) -> list[Tensor]:
+    """What may be the samples, of all that a station without parameters is made of."""
+    found: list[Tensor] = []
+    for k in ordered([key], lambda k: [route.key(e) for e in route.after[k] if e is not None]):
+        leaf = route.leaf(k)
+        if leaf is None:
+            suspect = _may_be_samples(route, k, N)
+            found += [] if suspect is None else [suspect]
+        elif not isinstance(leaf, torch.nn.Parameter) and _counts(route, leaf, N, met if k is key else ()):
+            found.append(leaf)
     return found
 
 
@@ -150,13 +188,15 @@ def _may_be_samples(route: Route, key: Key, N: int) -> Tensor | None:
     """
     if type(key).__name__.startswith(_OWN_INDICES):
         return None
-    given = [t for ref in route.tape.given if (t := ref()) is not None]
     met = {tuple(e.shape) for e in route.after[key] if e is not None}
-    for t in route.constants(key):
-        counts = any(d >= N and d % N == 0 for d in t.shape) and tuple(t.shape) not in met
-        if counts or any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in given):
-            return t
-    return None
+    return next((t for t in route.constants(key) if _counts(route, t, N, met)), None)
+
+
+def _counts(route: Route, t: Tensor, N: int, met: Collection[tuple[int, ...]] = ()) -> bool:
+    given = [x for ref in route.tape.given if (x := ref()) is not None]
+    if _rows_of_samples(t.shape, N) and tuple(t.shape) not in met:
+        return True
+    return any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in given)
 
 
 _OWN_INDICES = ("Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Nanmedian", "Mode", "Cummax", "Cummin")

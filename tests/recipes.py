@@ -440,6 +440,12 @@ def _sides(out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return out.flatten(1) if out.dim() > 1 else out.unsqueeze(1), y.flatten(1) if y.dim() > 1 else y.unsqueeze(1)
 
 
+def _angles(out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """With a one beside them: of one number alone, the angle is zero, and its derivatives are rounding."""
+    o, t = _sides(out, y)
+    return torch.cat([o, torch.ones_like(o[:, :1])], 1), torch.cat([t, torch.ones_like(t[:, :1])], 1)
+
+
 def _hinge(out: Tensor, y: Tensor) -> Tensor:
     o, t = _sides(out, y)
     return (1 - o.gather(1, t.argmax(1, keepdim=True)) + o).clamp(min=0).mean()
@@ -488,8 +494,8 @@ LOSSES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "gaussian": ("mean", _gaussian),
     "hinge": ("mean", _hinge),
     "squared hinge": ("mean", lambda o, y: (1 - o * y.sign()).clamp(min=0).square().mean()),
-    "cosine": ("mean", lambda o, y: F.cosine_embedding_loss(*_sides(o, y), torch.ones(len(o)).to(o))),
-    "similarity": ("sum", lambda o, y: F.cosine_similarity(*_sides(o, y)).sum()),
+    "cosine": ("mean", lambda o, y: F.cosine_embedding_loss(*_angles(o, y), torch.ones(len(o)).to(o))),
+    "similarity": ("sum", lambda o, y: F.cosine_similarity(*_angles(o, y)).sum()),
     "soft margin": ("mean", lambda o, y: F.soft_margin_loss(o, y.sign())),
     "linear": ("sum", lambda o, y: (o * y).sum()),
     "mean of all": ("mean", lambda o, y: o.mean()),

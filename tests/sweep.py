@@ -38,7 +38,9 @@ KNOWN: dict[str, Callable[[Recipe], bool]] = {
     "simplifies the curvature at every step down, and cannot": lambda r: True,
     "the loss is not convex": lambda r: curvature(r) < 0,
     "a part that passes through no sample": lambda r: r.penalty is not None,
-    "it is used in ways of different form": lambda r: r.given == "tied ids",
+    "it is used in ways of different form": lambda r: r.given == "tied ids" or ("own slope" in dict(r.steps)),
+    "the loss is not connected to an output": lambda r: r.output == "middle",  # which is what the model was given
+    "it bends complex numbers": lambda r: "fourier" in dict(r.steps),
     # of one sample, what all samples share, or what nothing arrives at, looks like a sample's own
     "another form in batch": lambda r: True,
 }
@@ -69,7 +71,7 @@ class Step:
             self.N, self.T = self.N + (what == "size"), min(self.T + (what == "longer"), 4)
         self.scale = 1.0
         self.x = inputs(r, self.N, self.T, self.seed)
-        if r.given == "numbers" and self.seed % 2 and r.trigger != "inputs":
+        if r.given == "numbers" and self.seed % 2 and r.trigger != "inputs" and r.way != "accumulate":
             self.x.requires_grad_()
 
     def run(self, model: nn.Module, x: Tensor) -> Any:
@@ -209,8 +211,8 @@ class Step:
         assert bool(found.isfinite().all()), f"{what} is not finite"
         top, off = float(right.abs().max()), (found - right).abs()
         before = 0.0 if floor is None else float(floor.abs().max())
-        # a root is taken of what may be rounding
-        bound = 1e-8 * top + (1e-12 if what.startswith("ggn_sqrt") else 1e-13) + 1e-14 * before
+        # a root is taken of what may be rounding, and what norms of two features bend cancels
+        bound = 1e-8 * top + (1e-12 if what.startswith(("ggn_sqrt", "hess")) else 1e-13) + 1e-14 * before
         if self.r.dtype != "float64":
             eps = torch.finfo(getattr(torch, self.r.dtype)).eps
             exact = torch.cat([t[1].detach().double().reshape(-1) for t in its])
@@ -346,7 +348,7 @@ def by_accumulate(r: Recipe, came: Came) -> None:
     if any(name in RANDOM for name, _ in r.steps):
         raise NoTruth("batches have random numbers of their own")
     step, model, left = Step(r, 0), build(r), Left()
-    x = step.x.detach()
+    x = step.x
 
     def loss(m: nn.Module, rows: slice) -> Tensor:
         return data_loss(r, step.run(m, x[rows]), step.seed, rows, r.N) + penalty(r, m)

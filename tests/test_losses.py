@@ -257,12 +257,41 @@ def test_side_head_that_is_never_returned() -> None:
                 lambda o: F.cross_entropy(o[:, :C], Y) + o[:, C:].pow(4).mean())  # fmt: skip
 
 
-def test_functional_side_head_is_refused() -> None:
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_functional_side_head_is_refused(needs_grad: bool) -> None:
     """Without a layer it looks like a penalty on a parameter; sharing it equally would be silently wrong."""
     model, x = Fn(side_head, a=nn.Linear(D, 4), b=nn.Linear(4, C), w=par(2, D)), torch.randn(N, D)
+    x.requires_grad_(needs_grad)
     with pytest.raises(hookjac.HookjacError, match="reaches parameter 'w' past the model's outputs"):
         with hookjac.extend(model, "grad_sample"):
             (F.cross_entropy(model(x), Y) + model.kept.pow(4).mean()).backward()
+
+
+@pytest.mark.parametrize(
+    "meets",
+    [
+        lambda w, x: (x.sin() @ w.T).square().sum(),
+        lambda w, x: (w.sum() + x).sin().sum(),
+        lambda w, x: (w[0] * (x * 2)).sum(),
+        lambda w, x: (w.sum() * x.mean(1)).exp().mean(),
+    ],
+)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_data_that_meet_a_parameter_in_the_loss_are_refused(meets: Any, needs_grad: bool) -> None:
+    model, x = nn.Linear(D, C), torch.randn(N, D, requires_grad=needs_grad)
+    with pytest.raises(hookjac.HookjacError, match="reaches parameter 'weight' past the model's outputs"):
+        with hookjac.extend(model, "grad_sample"):
+            (F.cross_entropy(model(x), Y) + meets(model.weight, x)).backward()
+
+
+def test_data_beside_a_penalty() -> None:
+    """They meet in a sum: it is a penalty none the less. A prior that is learned by others is no data."""
+    model, x, prior = nn.Linear(D, C), torch.randn(N, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
+    penalty = lambda: (model.weight - prior).pow(4).sum() + model.bias.cos().sum()
+    wanted = expected(model, lambda: model(x), lambda o: F.cross_entropy(o, Y), penalty)
+    with hookjac.extend(model, *QUANTITIES):
+        (F.cross_entropy(model(x), Y) + 0.5 * (x.tanh().exp().mean() + 2 * penalty())).backward()
+    compare(model, wanted, QUANTITIES)
 
 
 def test_penalty_that_remembers_old_weights() -> None:

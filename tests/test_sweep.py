@@ -32,6 +32,14 @@ WRONG = {
     "a penalty was differentiated twice through all of the network, fused attention included": Recipe(
         steps=(("self-attention", 0),), asked=(("ggn_diag", {}), ("ggn_block", {})), T=2, penalty="wave"
     ),
+    "a loss of inputs that require a gradient was taken for what a penalty meets": Recipe(
+        steps=(("tanh", 0), ("tanh", 0)),
+        asked=(("grad_sample", {}),),
+        penalty="wave",
+        output="last",
+        used=("middle",),
+        seed=1,
+    ),
 }
 
 

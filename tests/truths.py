@@ -366,7 +366,7 @@ def _sides(truth: Truth, p: Tensor, S: Sequence[int], empirical: bool, sharing: 
     rows, each = torch.cat(inputs), torch.cat(slopes, 2)
     # row r of a batch [N, L]: only of this sample
     R = len(rows) // truth.N
-    if len(uses) > 1 and (sharing == "reduce" or len(S) < truth.N):
+    if (len(uses) > 1 or len(rows) % truth.N) and (sharing == "reduce" or len(S) < truth.N):
         return None
     if sharing == "reduce" or len(S) < truth.N:
         by_sample = each.reshape(truth.N, each.shape[1], truth.N, R, -1)
