@@ -327,7 +327,7 @@ def test_results_are_saved_and_read_back(tmp_path: Path) -> None:
         ({"quantities": (KFAC(corrected=True),)}, r"basis of their own"),
         ({"quantities": (hookjac.GGNDiag(subsample=[0]),)}, r"subsample= picks samples of a batch"),
         ({"reduction": "none"}, r"reduction must be"),
-        ({"every": 0}, r"every must be a positive number"),
+        ({"every": 0}, r"every must be a positive integer"),
         ({"quantities": (KFAC(fisher="kfra"),)}, r"averages of averages"),
         ({"quantities": ()}, r"needs the names of quantities whose batches add up"),
         ({"loss_fn": nn.CrossEntropyLoss(weight=torch.ones(C))}, r"class weights or ignore_index"),

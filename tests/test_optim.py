@@ -833,13 +833,13 @@ def test_misuse(name: str) -> None:
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda m: optim.KFAC(m, momentum=1.0), "momentum must be at least 0 and less than 1"),
-    (lambda m: optim.KFAC(m, inverse_every=0), "inverse_every must be an integer from 1 on"),
+    (lambda m: optim.KFAC(m, inverse_every=0), "inverse_every must be a positive integer"),
     (lambda m: optim.DiagonalNewton(m, betas=(0.9, 1.0)), "the second of betas must be"),
     (lambda m: optim.DiagonalNewton(m, negative="no"), "'abs', 'clamp' or 'still', got 'no'"),
     (lambda m: optim.DiagonalNewton(m, every=0), "every must be"),
     (lambda m: optim.GaussNewton(m, damping=0.0), "damping must be positive"),
-    (lambda m: optim.GaussNewton(m, tries=0), "tries must be an integer from 1 on"),
-    (lambda m: optim.NaturalGradient(m, iterations=0), "iterations must be an integer from 1 on"),
+    (lambda m: optim.GaussNewton(m, tries=0), "tries must be a positive integer"),
+    (lambda m: optim.NaturalGradient(m, iterations=0), "iterations must be a positive integer"),
     (lambda m: optim.NaturalGradient(m, damping=0.0), "damping must be positive"),
     (lambda m: optim.DiagonalNewton(m, damping=0.0), "damping must be positive"),
     (lambda m: optim.KFAC(m, [{"params": m.parameters(), "lr": -1.0}]), "lr must be a number"),

@@ -239,10 +239,10 @@ def test_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k must be an integer from 1 on, got 0"),
-        ({"k": 2.5}, r"k must be an integer from 1 on, got 2\.5"),
-        ({"k": True}, "k must be an integer from 1 on, got True"),
-        ({"seed": -1}, "seed must be an integer from 0 on, got -1"),
+        ({"k": 0}, "k must be a positive integer, got 0"),
+        ({"k": 2.5}, r"k must be a positive integer, got 2\.5"),
+        ({"k": True}, "k must be a positive integer, got True"),
+        ({"seed": -1}, "seed must be an integer that is not negative, got -1"),
         ({"subsample": []}, "expected a list"),
     ],
 )

@@ -72,7 +72,7 @@ def turn(state: State, shape: torch.Size) -> None:
 
 def basis(state: State) -> hookjac.KroneckerEigen:
     """The one to ask for the next batch's eigenvalues in."""
-    source = hookjac.Kronecker(None, state["B"], torch.Size())
+    source = hookjac.Kronecker(None, state["B"], torch.Size([len(state["B"])]))
     return hookjac.KroneckerEigen(state["Q_A"], state["Q_B"], state["values"], source)
 
 

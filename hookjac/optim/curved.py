@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim import options
+from hookjac import given
 
 Closure = Callable[[], Tensor]
 
@@ -70,7 +70,7 @@ class Curved(torch.optim.Optimizer):
             if any(id(p) not in known for p in group["params"]):
                 raise ValueError(f"{type(self).__name__} was given a parameter that is not one of its model's")
             names = ("lr", "damping", "weight_decay", "clip", "momentum", "other_lr")
-            options.numbers(**{name: group[name] for name in names if name in group})
+            given.numbers(**{name: group[name] for name in names if name in group})
         except ValueError:
             self.param_groups.pop()
             raise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim import options
+from hookjac import given
 from hookjac.optim.curved import Closure, Curved
 
 
@@ -40,13 +40,13 @@ class DiagonalNewton(Curved):
         weight_decay: float = 0.0,
         output: Any = None,
     ) -> None:
-        options.numbers(lr=lr, clip=clip, weight_decay=weight_decay)
-        options.positive(damping=damping)  # where the curvature is zero, nothing else is left
+        given.numbers(lr=lr, clip=clip, weight_decay=weight_decay)
+        given.positive(damping=damping)  # where the curvature is zero, nothing else is left
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers, of the gradient and of the curvature; got {betas!r:.80}")
-        options.fractions(**{"the first of betas": betas[0], "the second of betas": betas[1]})
-        options.one_of(("abs", "clamp", "still"), negative=negative)
-        options.counts(1, every=every)
+        given.fractions(**{"the first of betas": betas[0], "the second of betas": betas[1]})
+        given.choice(("abs", "clamp", "still"), negative=negative)
+        given.counts(1, every=every)
         super().__init__(model, params, {
             "lr": lr, "betas": betas, "damping": damping, "weight_decay": weight_decay, "clip": clip, "steps": 0,
         }, output=output)  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim import options
+from hookjac import given
 from hookjac.optim.curved import Closure, Curved
 
 
@@ -40,10 +40,10 @@ class GaussNewton(Curved):
         refine: int = 1,
         output: Any = None,
     ) -> None:
-        options.numbers(lr=lr)
-        options.positive(damping=damping, least_damping=least_damping)
-        options.counts(1, tries=tries)
-        options.counts(0, refine=refine)
+        given.numbers(lr=lr)
+        given.positive(damping=damping, least_damping=least_damping)
+        given.counts(1, tries=tries)
+        given.counts(0, refine=refine)
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
         self.demand_precision()
         self.tries, self.refine = tries, refine

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim import averages, options
+from hookjac import given
+from hookjac.optim import averages
 from hookjac.optim.curved import Closure, Curved
 
 
@@ -57,12 +58,12 @@ class KFAC(Curved):
         group: Any = None,
         output: Any = None,
     ) -> None:
-        options.numbers(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
-        options.positive(least_damping=least_damping)
-        options.fractions(momentum=momentum, decay=decay)
-        options.counts(1, inverse_every=inverse_every)
-        options.counts(0, adapt_every=adapt_every)
-        options.flags(corrected=corrected)
+        given.numbers(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
+        given.positive(least_damping=least_damping)
+        given.fractions(momentum=momentum, decay=decay)
+        given.counts(1, inverse_every=inverse_every)
+        given.counts(0, adapt_every=adapt_every)
+        given.flag(corrected=corrected)
         if group is not None and (corrected or adapt_every):
             raise ValueError("over a group, KFAC has neither corrected=True nor adapt_every: their parts do not add up")
         super().__init__(model, params, {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim import options
+from hookjac import given
 from hookjac.optim.curved import Closure, Curved
 
 
@@ -38,9 +38,9 @@ class NaturalGradient(Curved):
         keep: float = 0.9,
         output: Any = None,
     ) -> None:
-        options.numbers(lr=lr, tolerance=tolerance, keep=keep)
-        options.positive(damping=damping, least_damping=least_damping)
-        options.counts(1, iterations=iterations)
+        given.numbers(lr=lr, tolerance=tolerance, keep=keep)
+        given.positive(damping=damping, least_damping=least_damping)
+        given.counts(1, iterations=iterations)
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
         self.iterations, self.tolerance, self.keep = iterations, tolerance, keep
 

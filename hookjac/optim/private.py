@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hookjac
-from hookjac.optim import options
+from hookjac import given
 from hookjac.optim.calls import Call, noting
 from hookjac.optim.curved import Closure, Curved
 
@@ -53,10 +53,10 @@ class DPSGD(Curved):
         generator: torch.Generator | None = None,
         output: Any = None,
     ) -> None:
-        options.numbers(lr=lr, noise=noise, momentum=momentum, weight_decay=weight_decay)
-        options.positive(clip=clip, batch_size=batch_size)
-        options.one_of(("mean", "sum"), loss_reduction=loss_reduction)
-        options.flags(independent=independent)
+        given.numbers(lr=lr, noise=noise, momentum=momentum, weight_decay=weight_decay)
+        given.positive(clip=clip, batch_size=batch_size)
+        given.choice(("mean", "sum"), loss_reduction=loss_reduction)
+        given.flag(independent=independent)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {generator!r:.80}")
         super().__init__(model, params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, output=output)
