@@ -131,7 +131,7 @@ class extend:
             demand_plain(params)
         self._service = Service(
             self.model, self.quantities, members, self._backward,
-            output=self._output, create_graph=self._create_graph, sharded=bool(self._shards), passing=self._passing,
+            output=self._output, create_graph=self._create_graph, shards=self._shards, passing=self._passing,
         )  # fmt: skip
         try:
             self._open = True
@@ -156,11 +156,10 @@ class extend:
                 )
 
     def _demand_sharded(self) -> None:
-        late = [q.name for q in self.quantities if isinstance(q.wish, Graph)]
-        if self._create_graph or late:
+        if self._create_graph:
             raise HookjacError(
-                f"{late[0] if late else 'create_graph=True'} under fully_shard is not supported: it needs the weights "
-                "after the backward, when no rank has them whole. Use DistributedDataParallel."
+                "create_graph=True under fully_shard is not supported: whoever differentiates the results needs the "
+                "weights after the backward, when no rank has them whole. Use DistributedDataParallel."
             )
 
     def _switch(self) -> None:
@@ -231,7 +230,7 @@ class extend:
     def ntk(self) -> Tensor:
         """[N, *out, N, *out]: the neural tangent kernel, summed over parameters. Ask for "ntk"."""
         first, *others = self._results_of("ntk", "ntk").values()
-        if first.requires_grad or not others:
+        if not others or any(t.requires_grad for t in (first, *others)):
             return sum(others, first.clone())
         total = torch.add(first, others[0], out=memory.fresh(first.shape, first))
         for part in others[1:]:

@@ -17,6 +17,7 @@ from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of, fenced, gradients, meta
 from hookjac.plan import Plan
 from hookjac.products import second_backward
+from hookjac.sharded import in_one_piece
 
 Quiet = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -75,10 +76,11 @@ class Curvature:
             raise TypeError(f"expected a tensor [{P}] or [{P}, K], got {type(v).__name__}")
         if v.dim() not in (1, 2) or v.shape[0] != P:
             raise ValueError(f"expected a vector [{P}] or vectors [{P}, K], got {tuple(v.shape)}")
+        v = in_one_piece(v)
         rows = (v.unsqueeze(1) if v.dim() == 1 else v).T  # [K, P]
         parts = rows.split(list(self._sizes.values()), 1)
-        given = {p: t.reshape(len(rows), *meta(e)[0]) for (p, e), t in zip(self._params.items(), parts, strict=True)}
-        found = self.products(given)
+        vectors = {p: t.reshape(len(rows), *meta(e)[0]) for (p, e), t in zip(self._params.items(), parts, strict=True)}
+        found = self.products(vectors)
         return torch.cat([t.reshape(len(rows), self._sizes[p]) for p, t in found.items()], 1).T.reshape(v.shape)
 
     def block(self, p: int) -> Block:
@@ -167,6 +169,7 @@ class Block:
         if not isinstance(v, Tensor) or v.shape[v.dim() - len(shape) :] != shape or v.dim() - len(shape) not in (0, 1):
             found = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"expected vectors of shape [*p] or [K, *p] with p = {tuple(shape)}, got {found}")
+        v = in_one_piece(v)
         rows = v.reshape(-1 if v.numel() else v.shape[0], *shape)
         return self._curvature.products({self._p: rows})[self._p].reshape(v.shape)
 

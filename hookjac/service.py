@@ -20,7 +20,7 @@ from hookjac.explanation import Called, Explanation, tell
 from hookjac.graph import Edge
 from hookjac.loss import scalar
 from hookjac.members import Members
-from hookjac.operator import Curvature
+from hookjac.operator import Curvature, Quiet
 from hookjac.passage import Passage, known, passage_of, recall, remember
 from hookjac.passing import Pass, serves
 from hookjac.plan import Plan, make_plan
@@ -29,7 +29,7 @@ from hookjac.quantity.record import GGN, Graph, Hessian, Loss, Output, Sampled, 
 from hookjac.roads import Roads
 from hookjac.rule import foreign
 from hookjac.seeds import Seeds
-from hookjac.sharded import in_reach
+from hookjac.sharded import Whole, in_reach
 from hookjac.switches import QUIET_VMAP
 from hookjac.tape import Select, Tape
 from hookjac.watch import Start, Watch
@@ -59,15 +59,16 @@ class Service:
         *,
         output: Select,
         create_graph: bool,
-        sharded: bool,
+        shards: list[Any],
         passing: bool = True,
     ) -> None:
         self.model, self.quantities, self._create_graph = model, quantities, create_graph
         self.held: dict[str, nn.Parameter] = members.trainable  # ids stay theirs while we compare them
         self.explanation: Explanation | None = None
         self.operators: dict[str, Curvature] = {}
-        self._may_pass = light(quantities) and not create_graph and not sharded and not foreign(members.kinds)
+        self._may_pass = light(quantities) and not create_graph and not shards and not foreign(members.kinds)
         self._may_pass = self._may_pass and passing
+        self._shards = shards
         # A layer's note holds no graph to what it saved; its autograd nodes do. And where the user's backward carries
         # the columns, nodes know all that is needed
         noted = not create_graph and not (self._may_pass and self._passes())
@@ -153,6 +154,20 @@ class Service:
             yield
             self._tape.hooks += _hooks() - count
 
+    def _later(self, members: Members) -> Quiet:
+        """What surrounds products with a graph, which may be taken when the backward is over."""
+        quiet = functools.partial(self._watch.quiet, self.model)
+        if not self._shards or not any(isinstance(q.wish, Graph) for q in self.quantities):
+            return quiet
+        weights = Whole(self._shards, members.params.values())
+
+        @contextlib.contextmanager
+        def whole_and_quiet() -> Iterator[None]:
+            with quiet(), weights.again():
+                yield
+
+        return whole_and_quiet
+
     def _planned(
         self, start: Start, members: Members, params: dict[str, nn.Parameter], described: Described | None
     ) -> Results | Passage:
@@ -168,8 +183,7 @@ class Service:
                 remember(self.model, tuple(params), described, passage)
                 if passage is not None and serves(passage, self.quantities):
                     return passage
-            quiet = functools.partial(self._watch.quiet, self.model)
-            walk = Walk(plan, self.quantities, quiet, create_graph=self._create_graph)
+            walk = Walk(plan, self.quantities, self._later(members), create_graph=self._create_graph)
             results = walk.run()
             self.operators = walk.operators
             self.explanation = _told(self.model, plan, walk.seeds.roads)

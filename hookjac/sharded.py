@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hookjac.errors import HookjacError
@@ -40,6 +41,11 @@ def is_spread(t: Tensor) -> bool:
     return isinstance(t, _kind("torch.distributed.tensor", "DTensor"))
 
 
+def in_one_piece(t: Tensor) -> Tensor:
+    """A DTensor's value, as a plain tensor on each rank. Collective."""
+    return t.full_tensor() if is_spread(t) else t  # type: ignore[attr-defined, no-any-return]
+
+
 @contextlib.contextmanager
 def whole(found: list[Any]) -> Iterator[None]:
     """All parameters in one piece, as the graph has them; after an error in shards again.
@@ -61,6 +67,42 @@ def whole(found: list[Any]) -> Iterator[None]:
             state._training_state = before  # its hooks took our derivatives for a backward
         for handle in handles:
             handle.remove()
+
+
+class Whole:
+    """Parameters that a graph was made with, for a product with it: in one piece as they were then, and apart after it.
+
+    Collective, as whatever fetches weights is. What the graph saved is the memory that they are gathered into, and
+    FSDP2 hides from autograd that it is written anew: other weights would be taken for those of the graph.
+    """
+
+    def __init__(self, found: list[Any], params: Iterable[nn.Parameter]) -> None:
+        """params: while they are whole."""
+        self._found, self._params = found, list(params)
+        self._before = self._bits()
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        apart = [m for m in self._found if any(is_spread(p) for p in m.parameters())]  # not while our walk goes
+        with whole(self._found):
+            if not torch.equal(self._bits(), self._before):
+                raise HookjacError(
+                    "a product with the curvature needs the weights of the backward that made it, and they were "
+                    "changed since. Take products before the optimizer's step, or run the backward again."
+                )
+            try:
+                yield
+            finally:
+                for module in apart:
+                    module.reshard()
+
+    def _bits(self) -> Tensor:
+        """[parameters]: a number for the values of each, and the same one for the same values only."""
+        found = []
+        for p in self._params:
+            bits = p.detach().double().reshape(-1).view(torch.int64)
+            found.append((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum())
+        return torch.stack(found)
 
 
 def _refuse_forward(module: nn.Module, args: Any) -> None:

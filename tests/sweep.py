@@ -38,7 +38,9 @@ KNOWN: dict[str, Callable[[Recipe], bool]] = {
     "simplifies the curvature at every step down, and cannot": lambda r: True,
     "the loss is not convex": lambda r: curvature(r) < 0,
     "a part that passes through no sample": lambda r: r.penalty is not None,
-    "it is used in ways of different form": lambda r: r.given == "tied ids" or ("own slope" in dict(r.steps)),
+    "it is used in ways of different form": lambda r: (
+        r.given == "tied ids" or not {"own slope", "weight again"}.isdisjoint(dict(r.steps))
+    ),
     "the loss is not connected to an output": lambda r: r.output == "middle",  # which is what the model was given
     "it bends complex numbers": lambda r: "fourier" in dict(r.steps),
     # of one sample, what all samples share, or what nothing arrives at, looks like a sample's own

@@ -16,13 +16,13 @@ from test_quantities import MODELS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from workers import Workers, raised, same
 
-from hookjac import KFAC, HessDiag, HookjacError, Quantity, extend, optim, passing
+from hookjac import KFAC, HessDiag, HookjacError, Hutchinson, Quantity, extend, optim, passing
 from hookjac.quantity import names as all_names
 from hookjac.sharded import demand_plain
 from hookjac.talkers import NODES
@@ -315,6 +315,48 @@ def test_fsdp_without_a_group(two: Workers) -> None:
     two(check_fsdp_alone)
 
 
+def check_products_of_shards(rank: int, how: str) -> None:
+    """As often as wished, after the block, and as long as the weights are those of the backward."""
+    model, theirs, alone = sharded(how, blocks()), sharded(how, blocks()), blocks()
+    torch.manual_seed(rank)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        x, y = torch.randn(3 + rank, D), torch.randint(C, (3 + rank,))
+        for m in (model, theirs, alone):
+            m.zero_grad()
+        with extend(model, "hess_mp", "ggn_mp", "ggn_diag", Hutchinson(samples=2)) as ext:
+            F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(theirs(x), y).backward()
+        with extend(alone, "hess_mp", "ggn_mp") as its:
+            F.cross_entropy(alone(x), y).backward()
+        lie = {name: type(p) for name, p in model.named_parameters()}
+        v = torch.randn(ext.hessian.shape[1], 2)
+        close(ext.hessian @ v, its.hessian @ v, "hessian")
+        close(ext.ggn @ v, its.ggn @ v, "ggn")
+        for (name, p), q, r in zip(model.named_parameters(), theirs.parameters(), alone.parameters(), strict=True):
+            for kind in ("hess_mp", "ggn_mp"):
+                wanted = getattr(r, kind)(r.detach())
+                for vector in (r.detach(), p.detach()):  # whole, and in shards
+                    close(getattr(p, kind)(vector), wanted, (name, kind))
+            assert isinstance(p.grad, DTensor)
+            close(p.grad.full_tensor(), q.grad.full_tensor(), name)  # type: ignore[union-attr]
+        assert lie == {name: type(p) for name, p in model.named_parameters()}
+        before = [p.detach().full_tensor().clone() for p in model.parameters()]  # type: ignore[attr-defined]
+        optimizer.step()
+        with pytest.raises(HookjacError, match="weights of the backward that made it, and they were changed since"):
+            ext.ggn @ v
+        with torch.no_grad():
+            for p, t in zip(model.parameters(), before, strict=True):
+                p.copy_(distribute_tensor(t, p.device_mesh, p.placements))  # type: ignore[attr-defined]
+        close(ext.ggn @ v, its.ggn @ v, "as it was")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_products_of_shards(two: Workers, three: Workers, how: str) -> None:
+    two(check_products_of_shards, how)
+    three(check_products_of_shards, how)
+
+
 def check_left_whole(rank: int) -> None:
     """Parameters that stay whole after the backward: results are there then, and when they are parted again."""
     model = sharded("nested", blocks())
@@ -459,7 +501,6 @@ def check_refusals(rank: int) -> None:
     def opened(*asked: Any, **more: Any) -> Callable[[], Any]:
         return lambda: extend(model, *asked, **more).__enter__()
 
-    raised(HookjacError, "ggn_mp under fully_shard", opened("ggn_mp"))
     raised(HookjacError, "create_graph=True under fully_shard", opened("jac", create_graph=True))
 
     def wrong(how: Callable[[Tensor], Any]) -> Callable[[], None]:
@@ -648,8 +689,6 @@ def check_every_quantity(rank: int, wrapper: str) -> None:
     torch.manual_seed(10 + rank)
     x, y = torch.randn(3 + rank, 4), torch.randint(4, (3 + rank,))
     for q in all_names():
-        if q in ("ggn_mp", "hess_mp") and wrapper == "FSDP2":
-            continue  # refused by name
         for model in (plain, wrapped):
             model.zero_grad()
             torch.manual_seed(3)

@@ -40,6 +40,13 @@ WRONG = {
         used=("middle",),
         seed=1,
     ),
+    "a kernel, of which some parameters' parts are constant, was added up in place under create_graph": Recipe(
+        steps=(("tanh", 0),),
+        asked=(("grad_sample", {}), ("ntk", {})),
+        output="side",
+        way="create_graph",
+        later=("freeze",),
+    ),
 }
 
 
