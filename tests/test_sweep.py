@@ -40,6 +40,9 @@ WRONG = {
         used=("middle",),
         seed=1,
     ),
+    "a root of nothing but padding": Recipe(
+        steps=(("padded table", 0),), asked=(("grad_sq_sum", {}), ("ggn_sqrt", {})), given="ids", d=3, C=1, seed=285
+    ),
     "a kernel, of which some parameters' parts are constant, was added up in place under create_graph": Recipe(
         steps=(("tanh", 0),),
         asked=(("grad_sample", {}), ("ntk", {})),

@@ -133,7 +133,7 @@ def weighed(A: Tensor, metric: Tensor | None) -> Tensor:  # A [V, N, ...] -> [V,
     if metric.dim() == 2:
         return A * metric.T.reshape(*A.shape[:2], *[1] * (A.dim() - 2))
     rows = A.transpose(0, 1)
-    return (metric @ rows.reshape(*rows.shape[:2], -1)).view(*rows.shape).transpose(0, 1)
+    return (metric @ rows.reshape(*rows.shape[:2], rows.shape[2:].numel())).view(*rows.shape).transpose(0, 1)
 
 
 def uniform(metric: Tensor | None) -> Tensor | None:
