@@ -58,7 +58,7 @@ def describe(tape: Tape, loss: Tensor, position: Mapping[int, int]) -> Described
                 k = index[child] = len(nodes)
                 nodes.append(child)
             facts += (k, nr)
-        marks = node.metadata.get(tape)
+        marks = node.metadata.get(tape.key)
         if marks is not None:
             facts += [(nr, mark.selected, mark.output) for nr, mark in marks.items() if mark.output]
     return Described(nodes, tuple(facts))

@@ -6,11 +6,12 @@ K vectors at once · P entries of all parameters together, in the order of `mode
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookjac import given, handover
 from hookjac.errors import HookjacError
@@ -40,6 +41,8 @@ class Curvature:
         self._names: Mapping[int, str] = plan.names
         self._params = {p: edge_of(t) for p, t in plan.params.items()}
         self._sizes = {p: t.numel() for p, t in plan.params.items()}
+        owners = {id(t): m for m in plan.route.tape.names for t in m._parameters.values() if t is not None}
+        self._owners = weakref.WeakValueDictionary({p: owners[p] for p in plan.params if p in owners})
         plan.demand_graph()
         with second_backward(list(plan.names.values())):
             with torch.enable_grad():
@@ -85,7 +88,11 @@ class Curvature:
 
     def block(self, p: int) -> Block:
         """Products with the block of one parameter: [K, *p] -> [K, *p], or [*p] -> [*p]."""
-        return Block(self, p, self._names[p], meta(self._params[p])[0])
+        made = Block(self, p, self._names[p], meta(self._params[p])[0])
+        owner = self._owners.get(p)
+        if owner is not None:
+            _KEPT.setdefault(owner, weakref.WeakKeyDictionary())[made] = self
+        return made
 
     def products(self, vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """[K, *p] for the ids of some parameters -> the same, of the block that they span."""
@@ -158,23 +165,37 @@ class Curvature:
         return meta(next(iter(self._params.values())))[1:]
 
 
+# layer -> block of a parameter of its -> what that needs. A graph holds its parameters where the garbage collector does
+# not see it: one that held its graph in turn would live forever, and the model with it.
+_KEPT: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[Block, Curvature]] = weakref.WeakKeyDictionary()
+
+
 class Block:
-    """`p.hess_mp`, `p.ggn_mp`: products with one parameter's block, [K, *p] -> [K, *p] or [*p] -> [*p]."""
+    """`p.hess_mp`, `p.ggn_mp`: products with one parameter's block, [K, *p] -> [K, *p] or [*p] -> [*p].
+
+    As long as it lives, and the layer whose parameter that is, so does the graph.
+    """
 
     def __init__(self, curvature: Curvature, p: int, name: str, shape: torch.Size) -> None:
-        self._curvature, self._p, self.name, self.shape = curvature, p, name, shape
+        self._curvature, self._p, self.name, self.shape = weakref.ref(curvature), p, name, shape
+        self._said = f"products with the {curvature.kind} block of {name!r} {tuple(shape)}"
 
     def __call__(self, v: Tensor) -> Tensor:
         shape = self.shape
         if not isinstance(v, Tensor) or v.shape[v.dim() - len(shape) :] != shape or v.dim() - len(shape) not in (0, 1):
             found = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"expected vectors of shape [*p] or [K, *p] with p = {tuple(shape)}, got {found}")
+        curvature = self._curvature()
+        if curvature is None:
+            raise HookjacError(
+                f"{self._said} need their layer, which nobody holds any more. Keep the model, or what extend returned."
+            )
         v = in_one_piece(v)
         rows = v.reshape(-1 if v.numel() else v.shape[0], *shape)
-        return self._curvature.products({self._p: rows})[self._p].reshape(v.shape)
+        return curvature.products({self._p: rows})[self._p].reshape(v.shape)
 
     def __repr__(self) -> str:
-        return f"products with the {self._curvature.kind} block of {self.name!r} {tuple(self.shape)}"
+        return self._said
 
     def __deepcopy__(self, memo: Any) -> Block:
         return self

@@ -73,8 +73,8 @@ class Service:
         # the columns, nodes know all that is needed
         noted = not create_graph and not (self._may_pass and self._passes())
         self._tape = Tape(members, output, rules=noted)
-        keep = create_graph or any(isinstance(q.wish, Graph) for q in quantities)
-        self._watch = Watch(self._tape, backward, keep)
+        self._keep = create_graph or any(isinstance(q.wish, Graph) for q in quantities)
+        self._watch = Watch(self._tape, backward, self._keep)
 
     def open(self) -> None:
         self._tape.install()
@@ -131,7 +131,7 @@ class Service:
         assert described is not None
         count = _hooks()
         run = Pass(passage, described, list(params.values()), self.quantities, retained=self._watch.retained())
-        answer, found = run.run(start, functools.partial(self._watch.quiet, self.model))
+        answer, found = run.run(start, lambda: self._watch.quiet(self.model.parameters()))
         self._tape.hooks += _hooks() - count
         curved = any(isinstance(q.wish, Hessian) for q in self.quantities)
         self.explanation = passage.curved if curved else passage.explanation
@@ -145,7 +145,7 @@ class Service:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            self._watch.quiet(self.model),
+            self._watch.quiet(self.model.parameters()),
             _compiled(),
             in_reach(),
             QUIET_VMAP.held(),
@@ -155,8 +155,8 @@ class Service:
             self._tape.hooks += _hooks() - count
 
     def _later(self, members: Members) -> Quiet:
-        """What surrounds products with a graph, which may be taken when the backward is over."""
-        quiet = functools.partial(self._watch.quiet, self.model)
+        """What surrounds products with a graph, which may be taken when the backward is over. It holds no module."""
+        quiet = functools.partial(self._watch.quiet, list(members.trainable.values()))
         if not self._shards or not any(isinstance(q.wish, Graph) for q in self.quantities):
             return quiet
         weights = Whole(self._shards, members.params.values())
@@ -186,6 +186,8 @@ class Service:
             walk = Walk(plan, self.quantities, self._later(members), create_graph=self._create_graph)
             results = walk.run()
             self.operators = walk.operators
+            if self._keep:
+                self._tape.outlived(e for outs in plan.route.outs.values() for e in outs if e.leaf is None)
             self.explanation = _told(self.model, plan, walk.seeds.roads)
         return results
 

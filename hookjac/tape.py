@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -79,7 +79,7 @@ class Note:
 class Mark:
     """What is known of one tensor of the graph. `note`: a rule's layer made it; `output`: the model returned it."""
 
-    __slots__ = ("note", "output", "selected")
+    __slots__ = ("__weakref__", "note", "output", "selected")
 
     def __init__(self) -> None:
         self.note: Note | None = None
@@ -160,6 +160,7 @@ class Tape:
 
     def __init__(self, members: Members, output: Select, *, rules: bool = True) -> None:
         self.model, self.names, self.rules = members.model, members.modules, rules
+        self.key = object()  # of our marks among the metadata of nodes, which must not hold the model
         self._wary = any(issubclass(kind, _WARY) for kind in members.kinds)
         self.output = output
         self.calls_without_grad = 0
@@ -171,6 +172,7 @@ class Tape:
         self._thread = threading.get_ident()  # the model may run in others, too: that is none of our business
         self._handles: list[Any] = []
         self._last: list[Callable[..., Any]] = []
+        self._outliving: list[weakref.ref[Mark]] = []
         self._own: list[Callable[..., Any]] = []  # hooks that are about to be registered, or are
 
     def install(self) -> None:
@@ -208,6 +210,9 @@ class Tape:
             hooks._global_forward_hooks_with_kwargs.pop(number, None)
             hooks._global_forward_hooks_always_called.pop(number, None)
         self._forget_the_last()
+        for ref in self._outliving:
+            if (mark := ref()) is not None:
+                mark.note = None
         _INSTALLED.discard(self)
         self._own, self._handles = [], []
 
@@ -220,17 +225,23 @@ class Tape:
         self._last = []
 
     def mark(self, edge: Edge) -> Mark | None:
-        marks = edge.node.metadata.get(self)
+        marks = edge.node.metadata.get(self.key)
         return marks.get(edge.nr) if marks else None
 
     def _note(self, tensor: Tensor) -> Mark:
         assert tensor.grad_fn is not None
         metadata: Any = tensor.grad_fn.metadata
-        marks: dict[int, Mark] = metadata.setdefault(self, {})
+        marks: dict[int, Mark] = metadata.setdefault(self.key, {})
         nr = tensor.output_nr
         if nr not in marks:
             marks[nr] = Mark()
         return marks[nr]
+
+    def outlived(self, edges: Iterable[Edge]) -> None:
+        """The graph at these edges may live longer than the block: it shall not hold layers then, for theirs are the
+        parameters that may hold it."""
+        marks = [mark for edge in edges if (mark := self.mark(edge)) is not None and mark.note is not None]
+        self._outliving = [ref for ref in self._outliving if ref() is not None] + [weakref.ref(m) for m in marks]
 
     def carry(self, edge: Edge, tensor: Tensor) -> None:
         """Say of `tensor` that it is the same output of the model as the one at `edge`."""

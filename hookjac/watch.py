@@ -7,13 +7,13 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.overrides import (
     TorchFunctionMode,
@@ -99,7 +99,7 @@ class Watch(TorchFunctionMode):
             _pop_mode()
 
     @contextlib.contextmanager
-    def quiet(self, model: nn.Module) -> Iterator[None]:
+    def quiet(self, params: Iterable[Tensor]) -> Iterator[None]:
         """Our own backwards are nobody's business: hooks on parameters and `retain_grad` do not notice them."""
         if self._busy:
             yield
@@ -107,7 +107,7 @@ class Watch(TorchFunctionMode):
         try:
             self._busy = True
             self._kept = [(t, t.grad) for ref in self._retained if (t := ref()) is not None]
-            for hooks in [p._backward_hooks for p in model.parameters() if p._backward_hooks]:
+            for hooks in [p._backward_hooks for p in params if p._backward_hooks]:
                 self._silenced.append((hooks, dict(hooks)))
                 hooks.clear()
             with SILENT.held():

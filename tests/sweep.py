@@ -21,6 +21,7 @@ import click
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from leftovers import clear
 from oracle import grad, trainable
 from recipes import LOSSES, Ask, Recipe, at_rest, build, chunked, data_loss, inputs, penalty, recipes, records
 from torch import Tensor, nn
@@ -316,6 +317,7 @@ def by_extend(r: Recipe, came: Came) -> None:
         truth = step.compare(left, r.asked)
     if again:
         compare_again(step, model, truth)
+        clear(model)  # what has a graph lives forever with the parameters that it hangs on
 
 
 def compare_again(step: Step, model: nn.Module, truth: Truth) -> None:

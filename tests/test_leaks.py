@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from leftovers import attributes, clear, state
 from torch import Tensor, nn
 
 import hookjac
-from hookjac import extend, optim
+from hookjac import HookjacError, extend, optim
+from hookjac.quantity import names
 
 STEPS, WARM = 2000, 300
 MB = 1 << 20
@@ -60,7 +62,7 @@ def short_blocks(model: nn.Module) -> Callable[[int], None]:
 def failing_blocks(model: nn.Module) -> Callable[[int], None]:
     def step(k: int) -> None:
         x, y = batch(k)
-        with contextlib.suppress(hookjac.HookjacError, ZeroDivisionError), extend(model, "grad_sample", "hess_diag"):
+        with contextlib.suppress(HookjacError, ZeroDivisionError), extend(model, "grad_sample", "hess_diag"):
             out = model(x)
             if k % 3 == 0:
                 raise ZeroDivisionError
@@ -137,3 +139,54 @@ def test_thousands_of_steps(way: str, build: Callable[[], Any]) -> None:
     gc.collect()
     clear(model)
     assert attributes(model) == own
+
+
+def by_block(*asked: str) -> Callable[[nn.Module, Tensor, Tensor], None]:
+    def use(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        for _ in range(2):
+            with extend(model, *asked):
+                loss = F.cross_entropy(model(x), y)
+                loss.backward(retain_graph=True)
+                loss.backward()
+
+    return use
+
+
+def by_optimizer(kind: Any) -> Callable[[nn.Module, Tensor, Tensor], None]:
+    def use(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        optimizer = kind(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with optimizer.block():
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    return use
+
+
+def failing(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    with pytest.raises(HookjacError, match="mix"), extend(model, "ggn_mp", "grad_sample"):
+        model(x).std(0).sum().backward()
+
+
+USES: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
+    **{name: by_block(name) for name in names()},
+    "products and others": by_block("ggn_mp", "kfac", "grad_sample", "hess_mp", "hess_diag"),
+    **{kind.__name__: by_optimizer(kind) for kind in (optim.KFAC, optim.DiagonalNewton, optim.GaussNewton,
+                                                      optim.NaturalGradient)},
+    "explain": lambda model, x, y: hookjac.explain(model, x, "ggn_diag", "ggn_mp"),
+    "check": lambda model, x, y: hookjac.check(model, x, lambda out: F.cross_entropy(out, y), "ggn_mp"),
+    "an error": failing,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", USES)
+@pytest.mark.parametrize("build", [lambda: mlp(nn.Tanh), bare], ids=["rules", "nodes"])
+def test_a_model_that_was_dropped(way: str, build: Callable[[], Any]) -> None:
+    """It, its parameters and their results are gone with the last one who held it."""
+    model = build()
+    USES[way](model, *batch(3))
+    held = [weakref.ref(model), *map(weakref.ref, model.parameters())]
+    del model
+    gc.collect()
+    assert [ref() for ref in held] == [None] * len(held)

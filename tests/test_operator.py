@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Callable
 from typing import Any
@@ -216,3 +217,32 @@ def test_a_model_with_products_can_be_saved() -> None:
     assert torch.equal(again.weight, model.weight)
     with pytest.raises(HookjacError, match=r"products with the hessian block of 'weight' .* needed the graph"):
         again.weight.hess_mp(torch.ones(C, D))
+
+
+def test_products_live_as_long_as_they_are_held() -> None:
+    """Those of an earlier backward, too; and where the model was a wrapping of the moment."""
+    layer, x, v = nn.Linear(D, C), torch.randn(N, D), torch.randn(C, D)
+
+    def run() -> Tensor:
+        model = nn.Sequential(layer, nn.Tanh())
+        with extend(model, "ggn_mp") as ext:
+            model(x).pow(4).sum().backward()
+        return (ext.ggn @ torch.cat([v.reshape(-1), torch.zeros(C)]))[: v.numel()].view_as(v)
+
+    first, early = run(), layer.weight.ggn_mp  # type: ignore[attr-defined]
+    x = x * 2
+    second = run()
+    gc.collect()
+    close(early(v), first, "the first backward's")
+    close(layer.weight.ggn_mp(v), second, "the second's")  # type: ignore[attr-defined]
+    assert not torch.equal(first, second)
+
+
+def test_products_without_their_layer() -> None:
+    layer = nn.Linear(D, C)
+    with extend(layer, "hess_mp"):
+        layer(torch.randn(N, D)).pow(2).sum().backward()
+    weight = layer.weight
+    del layer
+    with pytest.raises(HookjacError, match=r"need their layer, which nobody holds any more\. Keep the model"):
+        weight.hess_mp(torch.zeros(C, D))  # type: ignore[attr-defined]
