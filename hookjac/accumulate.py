@@ -174,9 +174,7 @@ class _Run:
         try:
             with extend(self.model, *measuring, output=self.output):
                 loss = self._loss(batch)
-                if not isinstance(loss, Tensor):
-                    who = "loss_fn" if self.step is None else "step"
-                    raise TypeError(f"{who} must return the loss as a tensor, got {given.said(loss)}")
+                given.loss("loss_fn" if self.step is None else "step", loss)
                 torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
                 found = {name: {q.name: vars(p).pop(q.name) for q in self.asked} for name, p in self.params.items()}
         finally:

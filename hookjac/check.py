@@ -147,8 +147,7 @@ class _Truth:
         with twice_differentiable():
             whole = self.call()
         self.output, self.loss = select(whole, output), loss_fn(whole)
-        if not isinstance(self.loss, Tensor):
-            raise TypeError(f"loss_fn must return the loss as a tensor, got {given.said(self.loss)}")
+        given.loss("loss_fn", self.loss)
         if not self.output.dim() or not len(self.output):
             raise HookjacError(f"check needs a sample at least; the model gave an output {list(self.output.shape)}")
         if not self.output.requires_grad:

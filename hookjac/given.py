@@ -80,6 +80,14 @@ def model(who: str, value: Any) -> None:
         raise TypeError(f"{who} expects a torch.nn.Module, got {said(value)}")
 
 
+def loss(who: str, value: Any) -> None:
+    """What a function of the user's returned: one number, as a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who} must return the loss as a tensor, got {said(value)}")
+    if value.numel() != 1:
+        raise ValueError(f"{who} must return the loss as one number, got {said(value)}: take its mean or its sum")
+
+
 def path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
         raise TypeError(f"{name} must be a path, got {said(value)}")

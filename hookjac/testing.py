@@ -89,8 +89,7 @@ def loops(
     N, rest = output.shape[0], output.shape[1:]
     free = output.detach().requires_grad_()
     value = loss_of(free)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"the loss must be a tensor, got {given.said(value)}")
+    given.loss("the loss", value)
     slope = grad(value, free)  # dL/d output
     H = torch.stack(
         [torch.stack([grad(s, free)[n].detach().reshape(-1) for s in slope[n].reshape(-1)]) for n in range(N)]

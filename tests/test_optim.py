@@ -843,6 +843,15 @@ def test_misuse(name: str) -> None:
     (lambda m: optim.NaturalGradient(m, damping=0.0), "damping must be positive"),
     (lambda m: optim.DiagonalNewton(m, damping=0.0), "damping must be positive"),
     (lambda m: optim.KFAC(m, [{"params": m.parameters(), "lr": -1.0}]), "lr must be a number"),
+    (lambda m: optim.KFAC(m, [{"params": m.parameters(), "momentum": 1.5}]), "momentum must be at least 0"),
+    (lambda m: optim.KFAC(m, [{"params": m.parameters(), "decay": 0.5}]), r"one decay .*KFAC\(model, groups, decay="),
+    (lambda m: optim.KFAC(m, [{"params": m.parameters(), "least_damping": 0.0}]), "least_damping must be positive"),
+    (lambda m: optim.KFAC(m, fisher="none"), "'empirical' or 'kfra', got 'none'"),
+    (lambda m: optim.KFAC(m, sharing="none"), "'expand' or 'reduce', got 'none'"),
+    (lambda m: optim.DiagonalNewton(m, [{"params": m.parameters(), "damping": 0.0}]), "damping must be positive"),
+    (lambda m: optim.DiagonalNewton(m, [{"params": m.parameters(), "betas": 0.9}]), "betas must be two numbers"),
+    (lambda m: optim.GaussNewton(m, [{"params": m.parameters(), "damping": 0.0}]), "damping must be positive"),
+    (lambda m: optim.NaturalGradient(m, [{"params": m.parameters(), "least_damping": -1.0}]), "least_damping must be"),
     (lambda m: optim.DPSGD(m, batch_size=4, noise=math.inf), "noise must be a number"),
     (lambda m: optim.DPSGD(m, batch_size=4, clip=0.0), "clip must be positive"),
     (lambda m: optim.DPSGD(m, batch_size=4, loss_reduction="none"), "'mean' or 'sum', got 'none'"),
@@ -850,6 +859,13 @@ def test_misuse(name: str) -> None:
 def test_bad_numbers(make: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(net())
+
+
+def test_what_stands_where_parameters_should() -> None:
+    with pytest.raises(TypeError, match=r"parameters or groups of them after the model, got 0.1: .* as in lr=0.1"):
+        optim.KFAC(net(), 0.1)  # type: ignore[arg-type]
+    with pytest.raises(HookjacError, match=r"group= was given, but torch.distributed is not initialised"):
+        optim.KFAC(net(), group="world")
 
 
 def test_half_precision() -> None:

@@ -40,8 +40,6 @@ class GaussNewton(Curved):
         refine: int = 1,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr)
-        given.positive(damping=damping, least_damping=least_damping)
         given.counts(1, tries=tries)
         given.counts(0, refine=refine)
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
@@ -49,6 +47,10 @@ class GaussNewton(Curved):
         self.tries, self.refine = tries, refine
 
     single = True
+
+    def demand_options(self, options: dict[str, Any]) -> None:
+        super().demand_options(options)
+        given.positive(damping=options["damping"], least_damping=options["least_damping"])
 
     def wanted(self) -> list[hookjac.Quantity]:
         return [hookjac.GGNSqrt(structured=True)]

@@ -48,7 +48,7 @@ class KFAC(Curved):
         decay: float = 0.95,
         inverse_every: int = 10,
         corrected: bool = False,
-        fisher: Literal["mc", "exact", "empirical"] = "mc",
+        fisher: Literal["mc", "exact", "empirical", "kfra"] = "mc",
         sharing: Literal["expand", "reduce"] = "expand",
         clip: float = 1e-3,
         weight_decay: float = 0.0,
@@ -58,9 +58,8 @@ class KFAC(Curved):
         group: Any = None,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
-        given.positive(least_damping=least_damping)
-        given.fractions(momentum=momentum, decay=decay)
+        given.numbers(clip=clip)
+        given.fractions(decay=decay)
         given.counts(1, inverse_every=inverse_every)
         given.counts(0, adapt_every=adapt_every)
         given.flag(corrected=corrected)
@@ -73,6 +72,13 @@ class KFAC(Curved):
         self.demand_precision()
         self.decay, self.inverse_every, self.adapt_every, self.clip = decay, inverse_every, adapt_every, clip
         self.corrected, self.fisher, self.sharing, self.group = corrected, fisher, sharing, group
+
+        hookjac.extend(model, hookjac.KFAC(fisher=fisher, sharing=sharing), **self.options())  # refuses what cannot be
+
+    def demand_options(self, options: dict[str, Any]) -> None:
+        super().demand_options(options)
+        given.positive(least_damping=options["least_damping"])
+        given.fractions(momentum=options["momentum"])
 
     def options(self) -> dict[str, Any]:
         return {} if self.group is None else {"group": self.group}

@@ -38,13 +38,16 @@ class NaturalGradient(Curved):
         keep: float = 0.9,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr, tolerance=tolerance, keep=keep)
-        given.positive(damping=damping, least_damping=least_damping)
+        given.numbers(tolerance=tolerance, keep=keep)
         given.counts(1, iterations=iterations)
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
         self.iterations, self.tolerance, self.keep = iterations, tolerance, keep
 
     single = True
+
+    def demand_options(self, options: dict[str, Any]) -> None:
+        super().demand_options(options)
+        given.positive(damping=options["damping"], least_damping=options["least_damping"])
 
     def wanted(self) -> list[hookjac.Quantity]:
         return [hookjac.GGNMP()]

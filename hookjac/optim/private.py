@@ -53,12 +53,11 @@ class DPSGD(Curved):
         generator: torch.Generator | None = None,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr, noise=noise, momentum=momentum, weight_decay=weight_decay)
+        given.numbers(noise=noise)
         given.positive(clip=clip, batch_size=batch_size)
         given.choice(("mean", "sum"), loss_reduction=loss_reduction)
         given.flag(independent=independent)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {generator!r:.80}")
+        given.generator(generator)
         super().__init__(model, params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, output=output)
         self.batch_size, self.clip, self.noise, self.generator = batch_size, clip, noise, generator
         self.loss_reduction, self.independent = loss_reduction, independent
