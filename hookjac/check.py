@@ -232,7 +232,7 @@ class _Truth:
             return columns, self._bent(columns)
         whole = grad(self.loss, p)
         around = whole - grad(self.output, p, self._whole) - self._past(p)
-        if self._mixed or float(around.abs().max()) > 1e-10 * float(whole.abs().max()):
+        if self._mixed or bool(around.abs().max() > 1e-10 * whole.abs().max()):
             raise HookjacError(
                 "the loss uses outputs that are made of the selected one, and others or ways around it; check has no "
                 "Gauss-Newton matrix to compare with. Select another output."
