@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, C, Case, D, N, random_loss
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import hookjac
@@ -212,6 +213,13 @@ def mixes():
 
 def short():
     return nn.Linear(3, 2), torch.randn(5, 3)
+
+class Two(nn.Linear):
+    def forward(self, x):
+        return {"a": super().forward(x), "b": super().forward(x)}
+
+def two():
+    return Two(3, 2), torch.randn(5, 3), lambda out: out["a"].sin().exp().mean()
 """
 
 
@@ -227,3 +235,22 @@ def test_command(target: str, code: int, said: str, tmp_path: Path) -> None:
     assert done.returncode == code, done.stdout + done.stderr
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_command_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hookjac.__main__ import main
+
+    (tmp_path / "those.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for more, code, said in (
+        ([], 1, "Say which one to differentiate"),
+        (["--output", "a"], 0, "weight"),
+        (["--output", "c"], 1, "output='c' finds nothing"),
+        (["--output", "1"], 1, "output=1 finds nothing"),
+        (["--output", "a", "--rtol", "0"], 1, "WRONG"),
+        (["--rtol", "-1"], 2, "is not in the range"),
+    ):
+        done = CliRunner().invoke(main, ["check", "those:two", "grad_sample", "ggn_diag", *more])
+        assert done.exit_code == code, done.output
+        assert said in done.output
