@@ -75,7 +75,8 @@ def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if not rows:
         raise HookjacError(
             f"cannot tell whether the model keeps its samples apart: its output has {N}, and no tensor that it was "
-            "called with has as many rows. If no sample's output depends on another sample, say independent=True."
+            "called with has as many rows. If no sample's output depends on another sample, say independent=True, "
+            "or leave demand_apart out."
         )
     told = False
     for odd in (0, 1):  # each half once sees the other replaced by a sample of its own
@@ -88,7 +89,8 @@ def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
             raise HookjacError(
                 "the model mixes samples: a sample's output changes when others of its batch are replaced, so that "
                 "clipping each sample's gradient keeps nothing private. Take out what works across the batch (a mean "
-                "over it, an attention over it). If you know better, say independent=True."
+                "over it, an attention over it). If you know better, say independent=True, or leave demand_apart "
+                "out."
             )
     return told
 

@@ -79,8 +79,9 @@ def loops(
     *,
     hessian: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
-    """All four quantities by loops: parameter name -> quantity -> value. The loss is loss_of(run()) + penalty().
+    """By loops: parameter name -> "grad_sample", "jac", "ggn_diag", "hess_diag" and "grad" -> value.
 
+    The loss is loss_of(run()) + penalty().
     hessian: False where PyTorch has no second derivative. Cost: a backward for each output entry and, for the Hessian,
     for each parameter entry.
     """
@@ -89,7 +90,7 @@ def loops(
     N, rest = output.shape[0], output.shape[1:]
     free = output.detach().requires_grad_()
     value = loss_of(free)
-    given.loss("the loss", value)
+    given.loss("the loss function", value)
     slope = grad(value, free)  # dL/d output
     H = torch.stack(
         [torch.stack([grad(s, free)[n].detach().reshape(-1) for s in slope[n].reshape(-1)]) for n in range(N)]
@@ -142,7 +143,7 @@ class Checked:
 
 
 class Report:
-    """What `check_rule` returns: rows, printable."""
+    """What `check` and `check_rule` return: `rows`, a `Checked` each, printable."""
 
     def __init__(self, rows: list[Checked]) -> None:
         self.rows = rows

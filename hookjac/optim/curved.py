@@ -48,8 +48,8 @@ class Curved(torch.optim.Optimizer):
             )
         if params is not None and not isinstance(params, Iterable):
             raise TypeError(
-                f"{type(self).__name__} expects parameters or groups of them after the model, got {given.said(params)}: "
-                "all else goes by its name, as in lr=0.1."
+                f"{type(self).__name__} expects parameters or groups of them after the model, got "
+                f"{given.said(params)}: all else goes by its name, as in lr=0.1."
             )
         self.demand_options(defaults)
         self.model, self.output = model, output
