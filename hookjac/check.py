@@ -48,12 +48,12 @@ def check(
     What is sampled is exact: entry k of the Jacobian by one product with its unit vector, which with the loss's slope
     and Hessian in the outputs also gives entry k of per-sample gradients, their squares and variance, and of the
     Gauss-Newton diagonal; a row of the Hessian by a second backward; a sample's norm by its own backward. Half of the
-    entries are drawn where the gradient is not zero. kfac is held to its definition only by the library's own tests and
-    is refused here, as are random estimates.
+    entries are drawn, from `seed`, where the gradient is not zero. kfac is held to its definition only by the library's
+    own tests and is refused here, as are random estimates.
 
     Returns a `Report`: parameter, quantity, road, largest error relative to the largest entry seen, verdict. `fine`
-    tells whether all errors are below `rtol`; a model that rounds to float32 inside needs one of 1e-5. Cost: some
-    backwards for each entry.
+    tells whether all errors are below `rtol` (or 1e-13 by themselves); a model that rounds to float32 inside needs one
+    of 1e-5. Cost: some backwards for each entry.
     """
     for q in quantities:
         if not isinstance(q, str):

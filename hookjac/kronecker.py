@@ -169,8 +169,10 @@ class Kronecker:
         return t + by * (1 if t.dim() == 1 else torch.eye(t.shape[-1], dtype=t.dtype, device=t.device))
 
     def inverse(self, damping: float = 0.0, *, pi: bool = True) -> Kronecker:
-        """The inverse of `damped(damping)`, again a Kronecker product; by Cholesky. Error where that is not positive
-        definite (without damping, to rounding)."""
+        """The inverse of `damped(damping, pi=pi)`, again a Kronecker product; by Cholesky.
+
+        Error where that is not positive definite; without damping, also where it is singular to rounding.
+        """
         given.numbers(damping=damping)
         given.flag(pi=pi)
         damped = self.damped(damping, pi=pi) if damping else self

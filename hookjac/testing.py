@@ -195,6 +195,7 @@ def check_rule(
     count the samples. Returns a `Report`; raises AssertionError with that report if a result has another shape than
     loops give, or is off by more than `rtol` of its largest entry.
 
+    loss: of the output; by default one that is different for every entry, and curved.
     rule: the name of the rule that is meant to be checked; AssertionError if it was never used, so that no silent
     fallback passes for it. hessian: False where PyTorch has no second derivative. Cost: a backward for each entry of
     the output and of the parameters: take it small.

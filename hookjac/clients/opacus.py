@@ -78,8 +78,8 @@ def grad_samples(
             criterion(model(x), y).backward()
         optimizer.step()
 
-    model: what `make_private(..., grad_sample_mode="no_op")` returned first, or the model itself; then say how the loss
-        is reduced, unless it is the mean.
+    model: what `make_private(..., grad_sample_mode="no_op")` returned first, or the model itself.
+    loss_reduction: "mean" or "sum", as the loss is reduced; None: as `make_private` was told, or the mean.
     accumulate: add a batch to those since the last `optimizer.zero_grad()`, as a list; False: refuse a second one. The
         privacy of Poisson sampling does not hold for batches added up so; use Opacus' BatchMemoryManager there.
     output: as in `hookjac.extend`.

@@ -17,7 +17,7 @@ class DiagonalNewton(Curved):
     """Newton's method with a diagonal: a step is lr m / (|h| + damping), entry by entry.
 
     m and h are moving averages, without bias, of the gradient and of the curvature's diagonal, which is found anew
-    every `every` steps.
+    every `every` steps; betas: their decays.
 
     curvature: a quantity of shape [*p]: "hess_diag" (exact), "ggn_diag" (never negative), "ggn_diag_mc", "hesscale",
     "hutchinson", or a record with options. negative: what becomes of negative curvature: "abs", its size (saddle-free

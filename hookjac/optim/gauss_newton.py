@@ -21,8 +21,9 @@ class GaussNewton(Curved):
 
     With W [N V, P] the root of G = Wᵀ W, d = -(g - Wᵀ (W Wᵀ + damping)⁻¹ W g) / damping (Woodbury): one Cholesky of the
     kernel W Wᵀ [N V, N V], and W only as its factors. What rounding spoils at small damping, `refine` corrections
-    mend. Given a closure, a step that raises the loss is taken back and tried again under more damping, up to `tries`
-    times, and the damping follows how well the quadratic model foretold the loss; without one it stays.
+    mend. A step is lr d. Given a closure, one that raises the loss is taken back and tried again under more damping, up
+    to `tries` times, and the damping follows how well the quadratic model foretold the loss, down to `least_damping`;
+    without one it stays.
 
     Penalties on the parameters are in g, not in G. Needs a loss that is convex in the outputs. Cost: C backwards, N² V²
     inner products, (N V)³ / 3; and a closure for each try.

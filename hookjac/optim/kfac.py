@@ -27,8 +27,9 @@ class KFAC(Curved):
     twice the divergence that it makes of the output distribution by itself, is at most that (Ba et al. 2017); momentum
     adds such steps up. 0: it is not. Where clip is in force, lr is not. Eigenvalues below zero, of a loss that is not
     convex, count as zero under `corrected`; else such a loss is refused.
-    weight_decay: decoupled, as in AdamW. adapt_every: every so many steps the damping follows Levenberg and Marquardt,
-    which takes a closure, a product with the Gauss-Newton matrix and one more evaluation; 0: it stays.
+    weight_decay: decoupled, as in AdamW. adapt_every: every so many steps the damping follows Levenberg and Marquardt
+    (down to `least_damping`), which takes a closure, a product with the Gauss-Newton matrix and one more evaluation; 0:
+    it stays.
 
     A parameter without a pair of factors (none known, or a sum of pairs: a table that is the last layer, too) takes a
     step of Adam instead, of length `other_lr`.

@@ -18,8 +18,9 @@ class NaturalGradient(Curved):
 
     G is the generalised Gauss-Newton matrix of the batch, which for cross entropy of logits is the Fisher information,
     so that d is the natural gradient. At most `iterations` products a step; fewer, once the residual is `tolerance` of
-    the gradient. They start from `keep` times the last step. Given a closure, a step that raises the loss is taken
-    back, and the damping follows how well the quadratic model foretold the loss; without one it stays.
+    the gradient. They start from `keep` times the last d. A step is lr d. Given a closure, one that raises the loss is
+    taken back, and the damping follows how well the quadratic model foretold the loss, down to `least_damping`; without
+    one it stays.
 
     G of a loss that is not convex in the outputs may bend down: iterations end where it does, and the step is the
     gradient's where that is at once. Penalties are part of G. Cost: three backwards for each product; and a closure.

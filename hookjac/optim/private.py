@@ -19,7 +19,8 @@ class DPSGD(Curved):
     """Stochastic gradient descent on clipped and noised gradients (Abadi et al. 2016).
 
     A step goes by the sum over samples of g_n min(1, clip / |g_n|), plus Gaussian noise of deviation `noise` clip on
-    every parameter, over `batch_size`, the *expected* size under Poisson sampling. |g_n| is over all of them.
+    every parameter, over `batch_size`, the *expected* size under Poisson sampling. |g_n| is over all of them. lr,
+    momentum and weight_decay: as in `torch.optim.SGD`.
 
     step(closure) never holds a gradient for each sample: its backward finds their norms (`grad_sample_norm`), and the
     model is run once more, on the same random numbers, for one gradient of the outputs with each sample's share. The
