@@ -112,6 +112,15 @@ def real(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> 
     return value.to(dtype)
 
 
+def vectors(value: Any, size: int) -> Tensor:
+    """[size] or [size, K] -> [K, size]: what an operator with that many columns is multiplied with."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected a tensor [{size}] or [{size}, K], got {type(value).__name__}")
+    if value.dim() not in (1, 2) or value.shape[0] != size:
+        raise ValueError(f"expected a vector [{size}] or vectors [{size}, K], got {tuple(value.shape)}")
+    return (value.unsqueeze(1) if value.dim() == 1 else value).T
+
+
 def mapping(name: str, value: Any, kind: type) -> None:
     """Of names to things of that kind; not empty."""
     if not isinstance(value, Mapping):

@@ -64,7 +64,7 @@ class Jacobian:
         return [t.reshape(len(v), *jac.factor.param) for t, jac in zip(parts, self.parts.values(), strict=True)]
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        rows = _rows(v, self.shape[1])
+        rows = given.vectors(v, self.shape[1])
         if rows.is_complex():
             return torch.complex(self @ v.real, self @ v.imag)
         found = sum(jac.times(t) for jac, t in zip(self.parts.values(), self.split(rows), strict=True))
@@ -125,7 +125,7 @@ class Jacobian:
                     f"a tensor {list(covariance.shape)}"
                 )
             covariance = given.real("covariance", covariance, self._dtype, self._device)
-            for factor, (S,) in zip(factors, self.split(_rows(covariance, self.shape[1])), strict=True):
+            for factor, (S,) in zip(factors, self.split(given.vectors(covariance, self.shape[1])), strict=True):
                 out += factor.scaled_gram(S)
             return out
         if not isinstance(covariance, Sequence) or len(covariance) != len(factors):
@@ -136,7 +136,9 @@ class Jacobian:
             if not isinstance(K, (Kronecker, KroneckerEigen, KroneckerSum)):
                 raise TypeError(f"expected a Kronecker for parameter {name!r}, got {given.said(K)}")
             if K.shape != jac.factor.param:
-                raise ValueError(f"parameter {name!r} has shape {tuple(jac.factor.param)}, its Kronecker {K.shape}")
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(jac.factor.param)}, its Kronecker {tuple(K.shape)}"
+                )
             its = _one_of(K)
             if (its.dtype, its.device) != (out.dtype, out.device):
                 raise TypeError(
@@ -176,20 +178,12 @@ class Transposed:
 
     def __matmul__(self, u: Tensor) -> Tensor:
         J = self.T
-        rows = _rows(u, self.shape[1])
+        rows = given.vectors(u, self.shape[1])
         if rows.is_complex():
             return torch.complex(self @ u.real, self @ u.imag)
-        given = rows.reshape(len(rows), J.N, *J.out)
-        found = torch.cat([jac.back(given).reshape(len(rows), -1) for jac in J.parts.values()], 1)
+        cotangents = rows.reshape(len(rows), J.N, *J.out)
+        found = torch.cat([jac.back(cotangents).reshape(len(rows), -1) for jac in J.parts.values()], 1)
         return found.T.reshape(self.shape[0], *u.shape[1:])
-
-
-def _rows(v: Tensor, size: int) -> Tensor:  # [size] or [size, K] -> [K, size]
-    if not isinstance(v, Tensor):
-        raise TypeError(f"expected a tensor [{size}] or [{size}, K], got {type(v).__name__}")
-    if v.dim() not in (1, 2) or v.shape[0] != size:
-        raise ValueError(f"expected a vector [{size}] or vectors [{size}, K], got {tuple(v.shape)}")
-    return (v.unsqueeze(1) if v.dim() == 1 else v).T
 
 
 def _one_of(K: Kronecker | KroneckerEigen | KroneckerSum) -> Tensor:

@@ -108,7 +108,9 @@ class Kronecker:
     def _open(self, v: Tensor) -> Tensor:  # [*p] or [k, *p] -> [k, b, o, i]
         given.tensor("v", v, self.B)
         if v.shape[v.dim() - len(self.shape) :] != self.shape or v.dim() - len(self.shape) not in (0, 1):
-            raise ValueError(f"expected a vector of shape [*p] or [k, *p] with p = {tuple(self.shape)}, got {v.shape}")
+            raise ValueError(
+                f"expected a vector of shape [*p] or [k, *p] with p = {tuple(self.shape)}, got {tuple(v.shape)}"
+            )
         b, o = self._b.shape[:2]
         i = 1 if self.A is None else self.A.shape[-1]
         t = v.reshape(-1, b, *((i, o) if self.swapped else (o, i)))
