@@ -30,7 +30,17 @@ _TRIED: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictiona
 
 
 def _state(model: nn.Module, output: Select) -> Any:
-    return tuple((id(m), m.training) for m in model.modules()), output if isinstance(output, (str, int)) else id(output)
+    """What was tried holds for these very objects, not for others at their place in memory when they are gone."""
+    which = _weakly(output) if callable(output) else repr(output)
+    return tuple((weakref.ref(m), m.training) for m in model.modules()), which
+
+
+def _weakly(function: Any) -> Any:
+    """Known again for as long as it lives; a method by its object. What it refers to (the model) shall not be kept."""
+    try:
+        return weakref.WeakMethod(function) if hasattr(function, "__self__") else weakref.ref(function)
+    except TypeError:
+        return function
 
 
 @contextlib.contextmanager
