@@ -20,6 +20,7 @@ from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.explain import arguments
 from hookjac.extend import extend
+from hookjac.quantity import parse
 from hookjac.tape import Select, select
 from hookjac.testing import Checked, Report, grad, trainable, twice_differentiable
 
@@ -59,6 +60,7 @@ def check(
         if not isinstance(q, str):
             raise TypeError(f"check takes names of quantities, got {q!r:.80}: options change what there is to compare")
         if q not in _CHECKS:
+            parse((q,))  # no quantity at all: it says which one may be meant
             raise ValueError(f"check knows no entry-by-entry definition of {q!r}. It knows {', '.join(_CHECKS)}.")
     asked = quantities or _OURS
     given.model("check", model)

@@ -184,6 +184,10 @@ def test_misuse() -> None:
     model, x = nn.Linear(D, C), torch.randn(N, D)
     with pytest.raises(ValueError, match=r"no entry-by-entry definition of 'kfac'. It knows grad_sample, "):
         hookjac.check(model, x, random_loss, "kfac")
+    with pytest.raises(ValueError, match="unknown quantity 'grad_samples'; did you mean 'grad_sample'"):
+        hookjac.check(model, x, random_loss, "grad_samples")
+    with pytest.raises(ValueError, match="loss_fn must return the loss as one number, got a tensor"):
+        hookjac.check(model, x, lambda out: out.sum(1))
     with pytest.raises(TypeError, match="takes names of quantities"):
         hookjac.check(model, x, random_loss, hookjac.GradSample(loss_reduction="mean"))  # type: ignore[arg-type]
     cases = {c.name: c for c in CASES}
