@@ -497,3 +497,14 @@ def test_what_a_jacobian_is_multiplied_with_is_converted_or_refused() -> None:
             TypeError, match=r"'0.weight' has a Jacobian of torch.float32 .* Kronecker is of torch.float64"
         ):
             J.variance([other, *pairs[1:]])
+
+
+def test_it_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perceptron()
+    found(model, torch.randn(N, D))
+    jac: Any = model[0].weight.jac
+    monkeypatch.setattr(JacTensor, "to_dense", lambda self: pytest.fail("it was built"))
+    wanted = f"JacTensor(shape=({N}, {C}, 4, {D}), Outer, dtype=torch.float64)"
+    assert str(jac) == f"{jac}" == repr(jac) == wanted
+    with pytest.raises(TypeError, match="unsupported format string"):
+        f"{jac:.3f}"
