@@ -5,8 +5,12 @@ with hookjac.extend(model):
 # p.grad_sample [N, *p], p.jac [N, *out, *p], p.hess_diag [*p]
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hookjac import distributed as distributed
 from hookjac import layers as layers
+from hookjac import plot as plot
+from hookjac import testing as testing
 from hookjac.accumulate import accumulate
 from hookjac.apart import demand_apart
 from hookjac.check import check
@@ -95,3 +99,13 @@ __all__ = [
     "register",
     "save",
 ]
+
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name: str) -> Any:
+        """`hookjac.optim` without an import of its own: it is written on all of the above, so it cannot come before."""
+        if name == "optim":
+            import importlib
+
+            return importlib.import_module("hookjac.optim")
+        raise AttributeError(f"module 'hookjac' has no attribute {name!r}")

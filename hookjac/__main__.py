@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,10 +42,11 @@ def _writable(context: click.Context, option: click.Parameter, value: Path) -> P
 )
 @click.option("--epochs", type=click.IntRange(1, 1000), default=25, help="Passes over the 1,297 training digits.")
 @click.option("--hidden", default="32,32", callback=_widths, help="Widths of the hidden layers.")
-@click.option("--activation", type=click.Choice(list(demo.ACTIVATIONS)), default="tanh")
+@click.option("--activation", type=click.Choice(list(demo.ACTIVATIONS)), default="tanh",
+              help="Between the hidden layers.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1, 500), default=256, help="Held-out digits that extend runs on.")
 @click.option("--entries", type=click.IntRange(1, 1000), default=5, help="Entries of each result checked by loops.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Of the split, the weights and the batches.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("hookjac-digits.png"),
               callback=_writable, help="Where the picture goes.")  # fmt: skip
 @click.pass_context
@@ -81,19 +83,22 @@ def main(
 @click.argument("target")
 @click.argument("quantities", nargs=-1)
 @click.option("--entries", type=click.IntRange(1, 1000), default=5, help="Entries of each result that are compared.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
-def check(target: str, quantities: tuple[str, ...], entries: int, seed: int) -> None:
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Of the entries that are drawn.")
+@click.option("--output", default=None, help="Which of several tensors to differentiate: a key, or an index.")
+@click.option("--rtol", type=click.FloatRange(min=0), default=1e-8, help="The largest relative error that is fine.")
+def check(target: str, quantities: tuple[str, ...], entries: int, seed: int, output: str | None, rtol: float) -> None:
     """Hold results on a model of yours to plain autograd.
 
     TARGET is module:factory, a function without arguments that returns the model, its inputs and a loss of what the
     model returns. QUANTITIES are names such as jac, ggn_diag; grad_sample, jac and hess_diag, if there are none. Leaves
-    with 1 if a number is wrong.
+    with 1 if a number is wrong or the model is refused.
     """
     made = _factory(target)()
     if not isinstance(made, (tuple, list)) or len(made) != 3:
         raise click.UsageError(f"{target} should return a model, its inputs and a loss of what the model returns")
     try:
-        report = hookjac.check(*made, *quantities, entries=entries, seed=seed)
+        which = int(output) if output is not None and re.fullmatch(r"-?\d+", output) else output
+        report = hookjac.check(*made, *quantities, entries=entries, seed=seed, output=which, rtol=rtol)
     except (hookjac.HookjacError, TypeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(report)

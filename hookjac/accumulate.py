@@ -26,7 +26,7 @@ from hookjac.quantity import Quantity, parse
 from hookjac.ranks import Group, added, group_of, turn
 from hookjac.saving import Accumulated
 from hookjac.sharded import shards
-from hookjac.sums import Measured, Reduction, Sums, demand_reduction, measured, told
+from hookjac.sums import Measured, Reduction, Sums, measured, told
 from hookjac.tape import Select
 
 
@@ -87,7 +87,7 @@ def accumulate(
     asked = parse(quantities)
     for q in asked:
         _demand_adds(q)
-    demand_reduction(reduction)
+    given.choice(("mean", "sum"), reduction=reduction)
     if (loss_fn is None) == (step is None):
         raise ValueError("give either a loss_fn of output and targets, or step= from (model, batch) to the loss")
     given.function(optional=True, loss_fn=loss_fn, step=step)
@@ -174,9 +174,7 @@ class _Run:
         try:
             with extend(self.model, *measuring, output=self.output):
                 loss = self._loss(batch)
-                if not isinstance(loss, Tensor):
-                    who = "loss_fn" if self.step is None else "step"
-                    raise TypeError(f"{who} must return the loss as a tensor, got {given.said(loss)}")
+                given.loss("loss_fn" if self.step is None else "step", loss)
                 torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
                 found = {name: {q.name: vars(p).pop(q.name) for q in self.asked} for name, p in self.params.items()}
         finally:

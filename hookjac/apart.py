@@ -30,7 +30,17 @@ _TRIED: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictiona
 
 
 def _state(model: nn.Module, output: Select) -> Any:
-    return tuple((id(m), m.training) for m in model.modules()), output if isinstance(output, (str, int)) else id(output)
+    """What was tried holds for these very objects, not for others at their place in memory when they are gone."""
+    which = _weakly(output) if callable(output) else repr(output)
+    return tuple((weakref.ref(m), m.training) for m in model.modules()), which
+
+
+def _weakly(function: Any) -> Any:
+    """Known again for as long as it lives; a method by its object. What it refers to (the model) shall not be kept."""
+    try:
+        return weakref.WeakMethod(function) if hasattr(function, "__self__") else weakref.ref(function)
+    except TypeError:
+        return function
 
 
 @contextlib.contextmanager
@@ -75,7 +85,8 @@ def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if not rows:
         raise HookjacError(
             f"cannot tell whether the model keeps its samples apart: its output has {N}, and no tensor that it was "
-            "called with has as many rows. If no sample's output depends on another sample, say independent=True."
+            "called with has as many rows. If no sample's output depends on another sample, say independent=True, "
+            "or leave demand_apart out."
         )
     told = False
     for odd in (0, 1):  # each half once sees the other replaced by a sample of its own
@@ -88,7 +99,8 @@ def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
             raise HookjacError(
                 "the model mixes samples: a sample's output changes when others of its batch are replaced, so that "
                 "clipping each sample's gradient keeps nothing private. Take out what works across the batch (a mean "
-                "over it, an attention over it). If you know better, say independent=True."
+                "over it, an attention over it). If you know better, say independent=True, or leave demand_apart "
+                "out."
             )
     return told
 

@@ -20,6 +20,7 @@ from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.explain import arguments
 from hookjac.extend import extend
+from hookjac.quantity import parse
 from hookjac.tape import Select, select
 from hookjac.testing import Checked, Report, grad, trainable, twice_differentiable
 
@@ -48,17 +49,18 @@ def check(
     What is sampled is exact: entry k of the Jacobian by one product with its unit vector, which with the loss's slope
     and Hessian in the outputs also gives entry k of per-sample gradients, their squares and variance, and of the
     Gauss-Newton diagonal; a row of the Hessian by a second backward; a sample's norm by its own backward. Half of the
-    entries are drawn where the gradient is not zero. kfac is held to its definition only by the library's own tests and
-    is refused here, as are random estimates.
+    entries are drawn, from `seed`, where the gradient is not zero. kfac is held to its definition only by the library's
+    own tests and is refused here, as are random estimates.
 
     Returns a `Report`: parameter, quantity, road, largest error relative to the largest entry seen, verdict. `fine`
-    tells whether all errors are below `rtol`; a model that rounds to float32 inside needs one of 1e-5. Cost: some
-    backwards for each entry.
+    tells whether all errors are below `rtol` (or 1e-13 by themselves); a model that rounds to float32 inside needs one
+    of 1e-5. Cost: some backwards for each entry.
     """
     for q in quantities:
         if not isinstance(q, str):
             raise TypeError(f"check takes names of quantities, got {q!r:.80}: options change what there is to compare")
         if q not in _CHECKS:
+            parse((q,))  # no quantity at all: it says which one may be meant
             raise ValueError(f"check knows no entry-by-entry definition of {q!r}. It knows {', '.join(_CHECKS)}.")
     asked = quantities or _OURS
     given.model("check", model)
@@ -147,8 +149,7 @@ class _Truth:
         with twice_differentiable():
             whole = self.call()
         self.output, self.loss = select(whole, output), loss_fn(whole)
-        if not isinstance(self.loss, Tensor):
-            raise TypeError(f"loss_fn must return the loss as a tensor, got {given.said(self.loss)}")
+        given.loss("loss_fn", self.loss)
         if not self.output.dim() or not len(self.output):
             raise HookjacError(f"check needs a sample at least; the model gave an output {list(self.output.shape)}")
         if not self.output.requires_grad:
@@ -233,7 +234,7 @@ class _Truth:
             return columns, self._bent(columns)
         whole = grad(self.loss, p)
         around = whole - grad(self.output, p, self._whole) - self._past(p)
-        if self._mixed or float(around.abs().max()) > 1e-10 * float(whole.abs().max()):
+        if self._mixed or bool(around.abs().max() > 1e-10 * whole.abs().max()):
             raise HookjacError(
                 "the loss uses outputs that are made of the selected one, and others or ways around it; check has no "
                 "Gauss-Newton matrix to compare with. Select another output."

@@ -53,8 +53,7 @@ def explain(
         with block.watching():
             out = model(*args, **kwargs)
         loss = _half_squares(select(out, output)) if loss_fn is None else loss_fn(out)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn must return the loss, a tensor, got {given.said(loss)}")
+        given.loss("loss_fn", loss)
         loss.backward()
     return block.foreseen
 

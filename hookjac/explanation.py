@@ -77,6 +77,7 @@ class Explanation:
 
     @functools.cached_property
     def quantities(self) -> dict[str, Bill]:
+        """The bill of every quantity asked for, by name."""
         if self._sizes is None:
             return {}
         return {q.name: self._sizes.bill(q, self._refused.get(q.name, "")) for q in self._asked}

@@ -51,7 +51,7 @@ class extend:
     listed get results. The samples are the first axis of the model's output. After the block no hook is left.
 
     A backward of your own towards parameters (`autograd.grad(g, params)`) counts as one, too. Gradient hooks on
-    parameters, and on tensors outside the forward, neither see nor change our results; see README, Limits, for others.
+    parameters, and on tensors outside the forward, neither see nor change our results; docs/limits.md has the others.
     """
 
     _passing = True  # structures of this model that are known already may serve
@@ -103,6 +103,9 @@ class extend:
         if self._create_graph:
             raise ValueError("create_graph=True cannot be used with group=: no graph leads through other ranks")
         return Ranks(group_of(group), "mean" if reduction is None else reduction, self.quantities)
+
+    def __repr__(self) -> str:
+        return f"extend({type(self.model).__name__}, {', '.join(q.name for q in self.quantities)})"
 
     def __enter__(self) -> extend:
         if self._open:

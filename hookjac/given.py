@@ -80,6 +80,14 @@ def model(who: str, value: Any) -> None:
         raise TypeError(f"{who} expects a torch.nn.Module, got {said(value)}")
 
 
+def loss(who: str, value: Any) -> None:
+    """What a function of the user's returned: one number, as a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who} must return the loss as a tensor, got {said(value)}")
+    if value.numel() != 1:
+        raise ValueError(f"{who} must return the loss as one number, got {said(value)}: take its mean or its sum")
+
+
 def path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
         raise TypeError(f"{name} must be a path, got {said(value)}")
@@ -102,6 +110,15 @@ def real(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> 
     if value.is_complex() or value.device != device:
         raise TypeError(f"{name} must be real, and on {device}; got {said(value)}")
     return value.to(dtype)
+
+
+def vectors(value: Any, size: int) -> Tensor:
+    """[size] or [size, K] -> [K, size]: what an operator with that many columns is multiplied with."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected a tensor [{size}] or [{size}, K], got {type(value).__name__}")
+    if value.dim() not in (1, 2) or value.shape[0] != size:
+        raise ValueError(f"expected a vector [{size}] or vectors [{size}, K], got {tuple(value.shape)}")
+    return (value.unsqueeze(1) if value.dim() == 1 else value).T
 
 
 def mapping(name: str, value: Any, kind: type) -> None:

@@ -64,7 +64,7 @@ class Jacobian:
         return [t.reshape(len(v), *jac.factor.param) for t, jac in zip(parts, self.parts.values(), strict=True)]
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        rows = _rows(v, self.shape[1])
+        rows = given.vectors(v, self.shape[1])
         if rows.is_complex():
             return torch.complex(self @ v.real, self @ v.imag)
         found = sum(jac.times(t) for jac, t in zip(self.parts.values(), self.split(rows), strict=True))
@@ -86,8 +86,7 @@ class Jacobian:
             raise TypeError(f"gram takes the ext.jacobian of another batch, got {type(other).__name__}")
         if list(self.parts) != list(other.parts) or self.out != other.out:
             raise ValueError("gram needs two Jacobians of one model: the same parameters and the same outputs")
-        if kind not in ("full", "outputs", "trace"):
-            raise ValueError(f"kind must be 'full', 'outputs' or 'trace', got {kind!r}")
+        given.choice(("full", "outputs", "trace"), kind=kind)
         N, M, C = self.N, other.N, self.C
         if kind == "full":
             full = fresh((N, C, M, C), torch.empty(0, dtype=self._dtype, device=self._device)).zero_()
@@ -108,6 +107,7 @@ class Jacobian:
             raise TypeError(f"expected a metric as a tensor, got {given.said(metric)}")
         if metric.shape not in {(self.N, self.C), (self.N, self.C, self.C)}:
             raise ValueError(f"expected a metric [{self.N}, {self.C}] or [.., {self.C}], got {tuple(metric.shape)}")
+        metric = given.real("metric", metric, self._dtype, self._device)
         return torch.cat([jac.intact.quad(metric).reshape(-1) for jac in self.parts.values()])
 
     def variance(self, covariance: Tensor | Sequence[Kronecker | KroneckerEigen | KroneckerSum]) -> Tensor:
@@ -124,7 +124,8 @@ class Jacobian:
                     f"expected the diagonal of a covariance [{self.shape[1]}], or a Kronecker for each parameter; got "
                     f"a tensor {list(covariance.shape)}"
                 )
-            for factor, (S,) in zip(factors, self.split(_rows(covariance, self.shape[1])), strict=True):
+            covariance = given.real("covariance", covariance, self._dtype, self._device)
+            for factor, (S,) in zip(factors, self.split(given.vectors(covariance, self.shape[1])), strict=True):
                 out += factor.scaled_gram(S)
             return out
         if not isinstance(covariance, Sequence) or len(covariance) != len(factors):
@@ -135,7 +136,15 @@ class Jacobian:
             if not isinstance(K, (Kronecker, KroneckerEigen, KroneckerSum)):
                 raise TypeError(f"expected a Kronecker for parameter {name!r}, got {given.said(K)}")
             if K.shape != jac.factor.param:
-                raise ValueError(f"parameter {name!r} has shape {tuple(jac.factor.param)}, its Kronecker {K.shape}")
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(jac.factor.param)}, its Kronecker {tuple(K.shape)}"
+                )
+            its = _one_of(K)
+            if (its.dtype, its.device) != (out.dtype, out.device):
+                raise TypeError(
+                    f"parameter {name!r} has a Jacobian of {out.dtype} on {out.device}, and its Kronecker is of "
+                    f"{its.dtype} on {its.device}. Convert that one with its to(...)."
+                )
             out += _spread(jac.factor, K)
         return out
 
@@ -169,20 +178,18 @@ class Transposed:
 
     def __matmul__(self, u: Tensor) -> Tensor:
         J = self.T
-        rows = _rows(u, self.shape[1])
+        rows = given.vectors(u, self.shape[1])
         if rows.is_complex():
             return torch.complex(self @ u.real, self @ u.imag)
-        given = rows.reshape(len(rows), J.N, *J.out)
-        found = torch.cat([jac.back(given).reshape(len(rows), -1) for jac in J.parts.values()], 1)
+        cotangents = rows.reshape(len(rows), J.N, *J.out)
+        found = torch.cat([jac.back(cotangents).reshape(len(rows), -1) for jac in J.parts.values()], 1)
         return found.T.reshape(self.shape[0], *u.shape[1:])
 
 
-def _rows(v: Tensor, size: int) -> Tensor:  # [size] or [size, K] -> [K, size]
-    if not isinstance(v, Tensor):
-        raise TypeError(f"expected a tensor [{size}] or [{size}, K], got {type(v).__name__}")
-    if v.dim() not in (1, 2) or v.shape[0] != size:
-        raise ValueError(f"expected a vector [{size}] or vectors [{size}, K], got {tuple(v.shape)}")
-    return (v.unsqueeze(1) if v.dim() == 1 else v).T
+def _one_of(K: Kronecker | KroneckerEigen | KroneckerSum) -> Tensor:
+    if isinstance(K, KroneckerSum):
+        return K.parts[0].B
+    return K.B if isinstance(K, Kronecker) else K.values
 
 
 def _spread(factor: Factor, K: Kronecker | KroneckerEigen | KroneckerSum) -> Tensor:  # -> [N, V, V]

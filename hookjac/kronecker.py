@@ -9,6 +9,7 @@ b groups · o/i output/input features · P entries of the parameter.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,13 @@ def inverted(t: Tensor) -> Tensor | None:  # [n, n], [b, n, n], or a diagonal [n
         return 1 / t if bool((t > 0).all()) else None
     factor, info = torch.linalg.cholesky_ex(t)
     return None if bool(info.any()) else torch.cholesky_inverse(factor)
+
+
+def _moved(tensors: Sequence[Tensor | None], args: Any, kwargs: Any) -> list[Any]:
+    try:
+        return [None if t is None else t.to(*args, **kwargs) for t in tensors]
+    except RuntimeError as error:  # of a device that is none
+        raise ValueError(f"to(...) takes what Tensor.to takes: {error}") from error
 
 
 def _demand_weight(weight: Any) -> None:
@@ -100,7 +108,9 @@ class Kronecker:
     def _open(self, v: Tensor) -> Tensor:  # [*p] or [k, *p] -> [k, b, o, i]
         given.tensor("v", v, self.B)
         if v.shape[v.dim() - len(self.shape) :] != self.shape or v.dim() - len(self.shape) not in (0, 1):
-            raise ValueError(f"expected a vector of shape [*p] or [k, *p] with p = {tuple(self.shape)}, got {v.shape}")
+            raise ValueError(
+                f"expected a vector of shape [*p] or [k, *p] with p = {tuple(self.shape)}, got {tuple(v.shape)}"
+            )
         b, o = self._b.shape[:2]
         i = 1 if self.A is None else self.A.shape[-1]
         t = v.reshape(-1, b, *((i, o) if self.swapped else (o, i)))
@@ -125,11 +135,8 @@ class Kronecker:
 
     def to(self, *args: Any, **kwargs: Any) -> Kronecker:
         """The factors in another precision or on another device, as `Tensor.to`."""
-        try:
-            A = None if self.A is None else self.A.to(*args, **kwargs)
-            return replace(self, A=A, B=self.B.to(*args, **kwargs))
-        except RuntimeError as error:  # of a device that is none
-            raise ValueError(f"to(...) takes what Tensor.to takes: {error}") from error
+        A, B = _moved((self.A, self.B), args, kwargs)
+        return replace(self, A=A, B=B)
 
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
         """Factor by factor: self + weight (other - self), what a moving average does with every new batch."""
@@ -164,21 +171,36 @@ class Kronecker:
         return t + by * (1 if t.dim() == 1 else torch.eye(t.shape[-1], dtype=t.dtype, device=t.device))
 
     def inverse(self, damping: float = 0.0, *, pi: bool = True) -> Kronecker:
-        """The inverse of `damped(damping)`, again a Kronecker product; by Cholesky. Error where that is singular."""
+        """The inverse of `damped(damping, pi=pi)`, again a Kronecker product; by Cholesky.
+
+        Error where that is not positive definite; without damping, also where it is singular to rounding.
+        """
         given.numbers(damping=damping)
         given.flag(pi=pi)
         damped = self.damped(damping, pi=pi) if damping else self
-
         A, B = None if damped.A is None else inverted(damped.A), inverted(damped.B)
-        if B is None or (A is None and damped.A is not None):
+        if B is None or (A is None and damped.A is not None) or (not damping and self._singular()):
             raise HookjacError(
                 f"a factor of {self} is not positive definite (singular, or of a loss that is not convex), so that "
                 f"it has no inverse. Give a larger damping than {damping}."
             )
         return replace(damped, A=A, B=B)
 
+    def _singular(self) -> bool:
+        """To rounding. What is solved with such a side is rounding, divided by rounding."""
+        A = self.A.unsqueeze(0) if self.A is not None and self.A.dim() == 1 else torch.linalg.eigvalsh(self._a)
+        for sizes in (A.abs(), torch.linalg.eigvalsh(self._b).abs()):  # [b, n]
+            least = sizes.shape[1] * torch.finfo(sizes.dtype).eps
+            if sizes.numel() and bool((sizes.amin(1) <= least * sizes.amax(1)).any()):
+                return True
+        return False
+
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
-        """(B (x) A + damping)⁻¹ v, exactly damped: by eigenvectors. v [*p] or [k, *p]. Error where that is singular."""
+        """(B (x) A + damping)⁻¹ v, exactly damped: by eigenvectors. v [*p] or [k, *p].
+
+        Error where that is singular, without damping also to rounding: B of the last layer's weight under cross
+        entropy is, and A of fewer inputs than features.
+        """
         return self.eigen().solve(v, damping)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
@@ -195,12 +217,15 @@ class Kronecker:
         return KroneckerEigen(basis, vectors, values.unsqueeze(2) * first.unsqueeze(1), self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KroneckerEigen:
     """Q diag(values) Qᵀ with Q = Q_B (x) Q_A, the eigenvectors of `source`.
 
     Q_A: [b, i, i], None where it is the identity. Q_B: [b, o, o]. values: [b, o, i]; with EKFAC they are not those of
     `source` but the diagonal of the exact curvature in that basis (George et al. 2018).
+
+    `to_dense()`, `K @ v` for v [*p] or [k, *p], `trace()`, `logdet(damping)`, `solve(v, damping)`, `diagonal()`;
+    `to(device or dtype)`.
     """
 
     Q_A: Tensor | None
@@ -208,10 +233,33 @@ class KroneckerEigen:
     values: Tensor
     source: Kronecker
 
+    def __post_init__(self) -> None:
+        for name, t in (("Q_B", self.Q_B), ("Q_A", self.Q_A)):
+            square = isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == t.shape[2]
+            if not square and (t is not None or name == "Q_B"):
+                raise ValueError(f"{name} must be a tensor [b, n, n], got {given.said(t)}")
+        sides = (*self.Q_B.shape[:2], "i" if self.Q_A is None else self.Q_A.shape[1])
+        shape = tuple(self.values.shape) if isinstance(self.values, Tensor) else ()
+        if len(shape) != 3 or any(n != side for n, side in zip(shape, sides, strict=True) if side != "i"):
+            raise ValueError(
+                f"values must be a tensor [{sides[0]}, {sides[1]}, {sides[2]}], got {given.said(self.values)}"
+            )
+        if not isinstance(self.source, Kronecker):
+            raise TypeError(f"source must be a Kronecker, got {given.said(self.source)}")
+
+    def __repr__(self) -> str:
+        sides = [None if t is None else list(t.shape) for t in (self.Q_A, self.Q_B)]
+        return f"KroneckerEigen(Q_A={sides[0]}, Q_B={sides[1]}, shape={list(self.shape)})"
+
     @property
     def shape(self) -> torch.Size:
         """The parameter's."""
         return self.source.shape
+
+    def to(self, *args: Any, **kwargs: Any) -> KroneckerEigen:
+        """The same in another precision or on another device, as `Tensor.to`."""
+        Q_A, Q_B, values = _moved((self.Q_A, self.Q_B, self.values), args, kwargs)
+        return KroneckerEigen(Q_A, Q_B, values, self.source.to(*args, **kwargs))
 
     def diagonal(self) -> Tensor:
         """[*p]: the eigenvalues, each at the place of the parameter that its eigenvector would have."""
@@ -239,11 +287,13 @@ class KroneckerEigen:
         return self._apply(v, self.values)
 
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
-        """(Q diag(values) Qᵀ + damping)⁻¹ v. v [*p] or [k, *p]. Error where that is singular."""
+        """(Q diag(values) Qᵀ + damping)⁻¹ v. v [*p] or [k, *p]. Error where that is singular; see `Kronecker.solve`."""
         given.numbers(damping=damping)
         raised = self.values + damping
-        if bool((raised == 0).any()):
-            raise HookjacError(f"{self.source} has eigenvalues of zero. Give a larger damping than {damping}.")
+        if bool((raised == 0).any()) or (not damping and self.source._singular()):
+            raise HookjacError(
+                f"{self.source} has eigenvalues of zero, to rounding. Give a larger damping than {damping}."
+            )
         return self._apply(v, 1 / raised)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
@@ -293,6 +343,10 @@ class KroneckerSum:
     def trace(self) -> Tensor:
         """The sum of the diagonal, a number."""
         return torch.stack([part.trace() for part in self.parts]).sum()
+
+    def to(self, *args: Any, **kwargs: Any) -> KroneckerSum:
+        """The factors in another precision or on another device, as `Tensor.to`."""
+        return KroneckerSum(tuple(part.to(*args, **kwargs) for part in self.parts))
 
     def lerp(self, other: KroneckerSum, weight: float) -> KroneckerSum:
         """Factor by factor: self + weight (other - self)."""

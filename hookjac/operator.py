@@ -74,13 +74,8 @@ class Curvature:
         return f"Curvature({self.kind}, {self.shape[0]} parameters)"
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        P = self.shape[0]
-        if not isinstance(v, Tensor):
-            raise TypeError(f"expected a tensor [{P}] or [{P}, K], got {type(v).__name__}")
-        if v.dim() not in (1, 2) or v.shape[0] != P:
-            raise ValueError(f"expected a vector [{P}] or vectors [{P}, K], got {tuple(v.shape)}")
         v = in_one_piece(v)
-        rows = (v.unsqueeze(1) if v.dim() == 1 else v).T  # [K, P]
+        rows = given.vectors(v, self.shape[0])
         parts = rows.split(list(self._sizes.values()), 1)
         vectors = {p: t.reshape(len(rows), *meta(e)[0]) for (p, e), t in zip(self._params.items(), parts, strict=True)}
         found = self.products(vectors)

@@ -33,6 +33,8 @@ def diagonals(model: nn.Module, quantity: str = "hess_diag", *, columns: int = 4
 
     A matrix is shown as it is, [out, in]; a convolution's kernels side by side, rows by output channel; a vector as a
     strip. Each panel has a scale of its own, from its largest entry down to a thousandth.
+
+    model: after a block that left `quantity` on its parameters. columns: panels side by side.
     """
     given.counts(1, columns=columns)
     found = {name: t.detach() for name, t in _results(model, quantity).items() if isinstance(t, Tensor)}
@@ -89,7 +91,8 @@ def gradient_norms(
 
     norms: [N], or a model whose parameters have `grad_sample_norm`: the norm over all of them. images: [N, H, W] of the
     samples, or with one or three channels, first or last; without them, their numbers are listed. captions: a word for
-    each sample. Norms that are not finite are left out, and counted in the title.
+    each sample. show: how many of the largest, and of the smallest. Norms that are not finite are left out, and counted
+    in the title.
     """
     given.counts(1, show=show)
     if isinstance(norms, nn.Module):
@@ -188,7 +191,7 @@ def kronecker(model: nn.Module, *, columns: int = 4) -> Figure:
     """The spectra of the Kronecker factors `p.kfac`, a panel for each weight: A of its inputs, B of its outputs.
 
     A line that falls by many decades is a layer whose curvature lives in few directions. Biases, which have B alone,
-    are left out.
+    are left out. columns: panels side by side.
     """
     given.counts(1, columns=columns)
     found = {name: k.source if isinstance(k, KroneckerEigen) else k for name, k in _results(model, "kfac").items()}
@@ -222,12 +225,14 @@ class Watched:
     """
 
     def __init__(self, quantity: str = "hess_diag") -> None:
+        if not isinstance(quantity, str):
+            raise TypeError(f"quantity must be a name, got {given.said(quantity)}")
         self.quantity, self.steps = quantity, dict[str, list[int]]()
         self.traces: dict[str, list[float]] = {}
         self.negative: dict[str, list[float]] = {}
 
     def note(self, model: nn.Module, step: int | None = None) -> None:
-        """What the parameters have now."""
+        """What the parameters of a model have now. step: its number; none: one more than the last."""
         found = _results(model, self.quantity)
         if step is not None:
             given.counts(0, step=step)

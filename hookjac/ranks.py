@@ -18,30 +18,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hookjac import given
 from hookjac.errors import HookjacError
 from hookjac.quantity.record import Graph, Quantity
-from hookjac.sums import Measured, Reduction, Sums, demand_reduction, measured, told
+from hookjac.sums import Measured, Reduction, Sums, measured, told
 
 Group = Any  # dist.ProcessGroup, where torch was built with it
 
 
-def group_of(given: Any) -> Group:
+def group_of(group: Any) -> Group:
     """The process group that was meant by `group=`."""
     if not (dist.is_available() and dist.is_initialized()):
         raise HookjacError(
             "group= was given, but torch.distributed is not initialised in this process. Call "
             "torch.distributed.init_process_group first, and start the script with torchrun."
         )
-    if isinstance(given, str) and given == "world":
+    if isinstance(group, str) and group == "world":
         return dist.group.WORLD
-    if given is dist.GroupMember.NON_GROUP_MEMBER:
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise HookjacError(
             f"rank {dist.get_rank()} is not a member of the process group that was given as group=. Only members open "
             "the block with it."
         )
-    if not isinstance(given, dist.ProcessGroup):
-        raise TypeError(f"group must be 'world' or a torch.distributed.ProcessGroup, got {given!r:.80}")
-    return given
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be 'world' or a torch.distributed.ProcessGroup, got {group!r:.80}")
+    return group  # type: ignore[no-any-return]
 
 
 def demand_group(q: Quantity) -> None:
@@ -116,7 +117,7 @@ class Ranks:
     quantities: Sequence[Quantity]
 
     def __post_init__(self) -> None:
-        demand_reduction(self.reduction)
+        given.choice(("mean", "sum"), reduction=self.reduction)
         for q in self.quantities:
             demand_group(q)
         self.summed = {q.name: q for q in self.quantities if q.adds is not None}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hookjac import given
 from hookjac.factor import Factor
 from hookjac.graph import Edge, Node, gradients, meta
 from hookjac.memory import passed, scaled_by
@@ -49,6 +50,18 @@ def _always(module: nn.Module) -> bool:
     return True
 
 
+def _named(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"a rule's name must be a text, got {given.said(name)}")
+    return f"rule {name!r}"
+
+
+def _demand_tuple(who: str, name: str, value: Any, kind: type = object, what: str = "classes") -> None:
+    """A text would be taken letter by letter."""
+    if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
+        raise TypeError(f"{who}: `{name}` must be a tuple of {what}, got {given.said(value)}")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rule:
     """What one family of layers does to columns.
@@ -58,8 +71,8 @@ class Rule:
     pull: the transposed Jacobian in the input, `(call, [V, *out]) -> [V, *in]`.
     params: names of the parameters it explains; a module with any other parameter is not claimed.
     factors: `(call, [V, *out], layout) -> {parameter name: Factor}`.
-    fits: may say no to a layout; the layer then goes by autograd's nodes.
-    refuses: why a layout cannot be meant (samples along the feature axis, say); None if it can.
+    fits: `(call, layout) -> bool`: may say no to a layout; the layer then goes by autograd's nodes.
+    refuses: `(call, layout)`: why a layout cannot be meant (samples along the feature axis, say); None if it can.
     mixed: `(call, g [*out], X [V, *in], layout) -> {parameter name: Factor}`: the second derivative in a parameter and
         the input, applied to V tangents X of the input. Needed where a parameter is used again further down.
     bend: `(call, g) -> [*in]`: diagonal of the layer's second derivative under the loss gradient g [*out].
@@ -87,12 +100,16 @@ class Rule:
     place: Callable[[Call, Layout, torch.Size], Layout | None] | None = None
 
     def __post_init__(self) -> None:
+        who = _named(self.name)
+        _demand_tuple(who, "modules", self.modules)
+        _demand_tuple(who, "params", self.params, str, "names")
         if not self.modules or not all(isinstance(m, type) and issubclass(m, nn.Module) for m in self.modules):
-            raise TypeError(f"rule {self.name!r}: `modules` must be subclasses of nn.Module, got {self.modules!r}")
-        if isinstance(self.params, str):
-            raise TypeError(f"rule {self.name!r}: `params` must be a tuple of names, got {self.params!r}")
+            raise TypeError(f"{who}: `modules` must be subclasses of nn.Module, got {self.modules!r}")
         if bool(self.params) != (self.factors is not None):
-            raise ValueError(f"rule {self.name!r}: `params` and `factors` go together")
+            raise ValueError(f"{who}: `params` and `factors` go together")
+        given.function(pull=self.pull, fits=self.fits, refuses=self.refuses, claims=self.claims)
+        given.function(optional=True, factors=self.factors, mixed=self.mixed, bend=self.bend, place=self.place)
+        given.flag(linear=self.linear, constant=self.constant)
 
 
 def unmoved(call: Call, layout: Layout, out: torch.Size) -> Layout:
@@ -165,14 +182,19 @@ class NodeRule:
     copies: bool = False
 
     def __post_init__(self) -> None:
-        if not self.nodes or not all(isinstance(n, str) and n.isidentifier() for n in self.nodes):
-            raise TypeError(f"rule {self.name!r}: `nodes` must be type names of autograd nodes, got {self.nodes!r}")
+        who = _named(self.name)
+        _demand_tuple(who, "nodes", self.nodes, str, "type names of autograd nodes")
+        _demand_tuple(who, "slots", self.slots, int, "numbers of the node's inputs")
+        if not self.nodes or not all(n.isidentifier() for n in self.nodes):
+            raise TypeError(f"{who}: `nodes` must be type names of autograd nodes, got {self.nodes!r}")
         if not self.slots:
-            raise ValueError(f"rule {self.name!r}: `slots` must name an input of the node")
+            raise ValueError(f"{who}: `slots` must name an input of the node")
+        if not isinstance(self.mixed, Mapping):
+            raise TypeError(f"{who}: `mixed` must be a mapping of numbers to functions, got {given.said(self.mixed)}")
         if not self.mixed.keys() <= set(self.slots):
-            raise ValueError(
-                f"rule {self.name!r}: `mixed` speaks of inputs {sorted(self.mixed)}, `slots` of {self.slots}"
-            )
+            raise ValueError(f"{who}: `mixed` speaks of inputs {sorted(self.mixed)}, `slots` of {self.slots}")
+        given.function(fits=self.fits, part=self.part, refuses=self.refuses)
+        given.flag(copies=self.copies)
 
 
 _RULES: dict[type[nn.Module], Rule] = {}

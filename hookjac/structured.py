@@ -136,6 +136,9 @@ class JacTensor(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"JacTensor(shape={tuple(self.shape)}, {type(self.factor).__name__}, dtype={self.dtype})"
 
+    def __format__(self, spec: str) -> str:
+        return object.__format__(self, spec)  # as it is printed: a line of a log shall not build it
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

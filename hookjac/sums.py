@@ -45,11 +45,6 @@ def told(q: Quantity) -> str:
     return f"{q.name} {type(q.wish).__name__} {options} {q.adds.label if q.adds else ''}"
 
 
-def demand_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-
-
 @dataclass
 class Sums:
     """What has been added up so far: quantity -> parameter -> statistics, and a note of their form."""

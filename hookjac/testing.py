@@ -79,8 +79,9 @@ def loops(
     *,
     hessian: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
-    """All four quantities by loops: parameter name -> quantity -> value. The loss is loss_of(run()) + penalty().
+    """By loops: parameter name -> "grad_sample", "jac", "ggn_diag", "hess_diag" and "grad" -> value.
 
+    The loss is loss_of(run()) + penalty().
     hessian: False where PyTorch has no second derivative. Cost: a backward for each output entry and, for the Hessian,
     for each parameter entry.
     """
@@ -89,8 +90,7 @@ def loops(
     N, rest = output.shape[0], output.shape[1:]
     free = output.detach().requires_grad_()
     value = loss_of(free)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"the loss must be a tensor, got {given.said(value)}")
+    given.loss("the loss function", value)
     slope = grad(value, free)  # dL/d output
     H = torch.stack(
         [torch.stack([grad(s, free)[n].detach().reshape(-1) for s in slope[n].reshape(-1)]) for n in range(N)]
@@ -143,7 +143,7 @@ class Checked:
 
 
 class Report:
-    """What `check_rule` returns: rows, printable."""
+    """What `check` and `check_rule` return: `rows`, a `Checked` each, printable."""
 
     def __init__(self, rows: list[Checked]) -> None:
         self.rows = rows
@@ -195,6 +195,7 @@ def check_rule(
     count the samples. Returns a `Report`; raises AssertionError with that report if a result has another shape than
     loops give, or is off by more than `rtol` of its largest entry.
 
+    loss: of the output; by default one that is different for every entry, and curved.
     rule: the name of the rule that is meant to be checked; AssertionError if it was never used, so that no silent
     fallback passes for it. hessian: False where PyTorch has no second derivative. Cost: a backward for each entry of
     the output and of the parameters: take it small.

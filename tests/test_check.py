@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, C, Case, D, N, random_loss
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import hookjac
@@ -183,6 +184,10 @@ def test_misuse() -> None:
     model, x = nn.Linear(D, C), torch.randn(N, D)
     with pytest.raises(ValueError, match=r"no entry-by-entry definition of 'kfac'. It knows grad_sample, "):
         hookjac.check(model, x, random_loss, "kfac")
+    with pytest.raises(ValueError, match="unknown quantity 'grad_samples'; did you mean 'grad_sample'"):
+        hookjac.check(model, x, random_loss, "grad_samples")
+    with pytest.raises(ValueError, match="loss_fn must return the loss as one number, got a tensor"):
+        hookjac.check(model, x, lambda out: out.sum(1))
     with pytest.raises(TypeError, match="takes names of quantities"):
         hookjac.check(model, x, random_loss, hookjac.GradSample(loss_reduction="mean"))  # type: ignore[arg-type]
     cases = {c.name: c for c in CASES}
@@ -212,6 +217,13 @@ def mixes():
 
 def short():
     return nn.Linear(3, 2), torch.randn(5, 3)
+
+class Two(nn.Linear):
+    def forward(self, x):
+        return {"a": super().forward(x).float().to(x.dtype), "b": super().forward(x)}  # a: rounded
+
+def two():
+    return Two(3, 2), torch.randn(5, 3), lambda out: out["a"].sin().exp().mean()
 """
 
 
@@ -227,3 +239,22 @@ def test_command(target: str, code: int, said: str, tmp_path: Path) -> None:
     assert done.returncode == code, done.stdout + done.stderr
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_command_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hookjac.__main__ import main
+
+    (tmp_path / "those.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for more, code, said in (
+        ([], 1, "Say which one to differentiate"),
+        (["--output", "a"], 1, "WRONG"),
+        (["--output", "a", "--rtol", "1e-5"], 0, "weight"),
+        (["--output", "c"], 1, "output='c' finds nothing"),
+        (["--output", "1"], 1, "output=1 finds nothing"),
+        (["--rtol", "-1"], 2, "is not in the range"),
+    ):
+        done = CliRunner().invoke(main, ["check", "those:two", "grad_sample", "ggn_diag", *more])
+        assert done.exit_code == code, done.output
+        assert said in done.output

@@ -150,6 +150,12 @@ def test_public_names_are_documented() -> None:
                 assert member.__doc__, f"hookjac.{name}.{key} has no docstring"
 
 
+def test_parts_are_there_without_an_import_of_their_own() -> None:
+    parts = "hookjac.optim.KFAC, hookjac.plot.kernel, hookjac.testing.loops, hookjac.distributed.eigh"
+    done = run(sys.executable, "-c", f"import hookjac; {parts}; assert not hasattr(hookjac, 'utils')")
+    assert done.returncode == 0, done.stderr
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hookjac
 from benchmarks.peak import Peak
-from hookjac import HookjacError, JacTensor, Kronecker, KroneckerEigen, extend
+from hookjac import HookjacError, JacTensor, Kronecker, KroneckerEigen, KroneckerSum, extend
 
 
 def found(model: nn.Module, x: Tensor, *asked: Any) -> hookjac.extend:
@@ -479,3 +479,32 @@ def test_the_kernel_of_a_large_net_fits_in_a_tenth_of_its_jacobian() -> None:
     assert peak.bytes < n * 10 * P * 4 / 10
     some = found(model, x[:2]).jacobian.to_dense()
     close(kernel[:2, :, :2, :].reshape(20, 20), some @ some.T, "kernel", 1e-4)
+
+
+def test_what_a_jacobian_is_multiplied_with_is_converted_or_refused() -> None:
+    model, x = perceptron().float(), torch.randn(N, D).float()
+    J = found(model, x, hookjac.KFAC(fisher="exact"), "jac").jacobian
+    S, metric = torch.rand(J.shape[1]), torch.rand(N, C)
+    close(J.variance(S), J.variance(S.float()), "variance", 1e-6)
+    close(J.diagonal(metric), J.diagonal(metric.float()), "diagonal", 1e-6)
+    for wrong in (lambda: J.variance(S.cfloat()), lambda: J.diagonal(metric.cfloat())):
+        with pytest.raises(TypeError, match="must be real"):
+            wrong()
+    pairs = [p.kfac for p in model.parameters()]
+    wide = pairs[0].to(torch.float64)
+    for other in (wide, wide.eigen(), KroneckerSum((wide,))):
+        with pytest.raises(
+            TypeError, match=r"'0.weight' has a Jacobian of torch.float32 .* Kronecker is of torch.float64"
+        ):
+            J.variance([other, *pairs[1:]])
+
+
+def test_it_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perceptron()
+    found(model, torch.randn(N, D))
+    jac: Any = model[0].weight.jac
+    monkeypatch.setattr(JacTensor, "to_dense", lambda self: pytest.fail("it was built"))
+    wanted = f"JacTensor(shape=({N}, {C}, 4, {D}), Outer, dtype=torch.float64)"
+    assert str(jac) == f"{jac}" == repr(jac) == wanted
+    with pytest.raises(TypeError, match="unsupported format string"):
+        f"{jac:.3f}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hookjac
-from hookjac import KFAC, HookjacError, Kronecker, KroneckerSum, extend
+from hookjac import KFAC, HookjacError, Kronecker, KroneckerEigen, KroneckerSum, extend
 
 Y = torch.tensor([0, 2, 1, 1])
 
@@ -592,3 +592,39 @@ def test_what_has_no_inverse_says_so() -> None:
         singular.lerp(Kronecker(None, B, torch.Size([2])), 0.1)
     assert singular.to(torch.float32).B.dtype == torch.float32
     assert repr(singular) == "Kronecker(A=[2, 2], B=[2, 2], shape=[2, 2], swapped=False)"
+
+
+def test_singular_to_rounding_is_singular() -> None:
+    """Under cross entropy the outputs' curvature has a direction without any, which rounding makes a small number."""
+    model, x = nn.Linear(D, C), torch.randn(5 * D, D)
+    with extend(model, KFAC(fisher="exact")):
+        F.cross_entropy(model(x), torch.randint(C, (5 * D,))).backward()
+    K = model.weight.kfac
+    for solved in (lambda: K.solve(model.weight), lambda: K.eigen().solve(model.weight), lambda: K.inverse()):
+        with pytest.raises(HookjacError, match=r"Give a larger damping than 0\.0"):
+            solved()
+    raised = K.to_dense() + 1e-3 * torch.eye(D * C)
+    close(K.solve(model.weight, 1e-3).reshape(-1), torch.linalg.solve(raised, model.weight.reshape(-1)), "damped")
+    few = Kronecker(torch.diag(torch.tensor([1.0, 1e-9])), torch.diag(torch.tensor([1.0, 1e-9])), torch.Size([2, 2]))
+    close(few.solve(torch.ones(2, 2)), torch.tensor([[1.0, 1e9], [1e9, 1e18]]), "far apart, but well known", 1e-9)
+    table = Kronecker(torch.tensor([1.0, 0.0]), torch.eye(2), torch.Size([2, 2]), swapped=True)
+    with pytest.raises(HookjacError, match="has eigenvalues of zero"):
+        table.solve(torch.ones(2, 2))
+
+
+def test_eigenvectors_are_looked_at_and_said() -> None:
+    E = kroneckers()["groups"].eigen()
+    assert repr(E) == "KroneckerEigen(Q_A=[2, 2, 2], Q_B=[2, 3, 3], shape=[6, 2])"
+    assert E.to(torch.float32).values.dtype == E.to(torch.float32).source.B.dtype == torch.float32
+    both = hookjac.KroneckerSum((E.source, E.source)).to(torch.float32)
+    assert [part.B.dtype for part in both.parts] == [torch.float32] * 2
+    assert E.Q_A is not None
+    for bad, error, message in (
+        ((E.Q_A, E.Q_B[0], E.values, E.source), ValueError, r"Q_B must be a tensor \[b, n, n\], got a tensor \[3, 3\]"),
+        ((E.Q_A[:, :1], E.Q_B, E.values, E.source), ValueError, "Q_A must be a tensor"),
+        ((E.Q_A, E.Q_B, E.values.mT, E.source), ValueError, r"values must be a tensor \[2, 3, 2\]"),
+        ((None, E.Q_B, E.values[0], E.source), ValueError, r"values must be a tensor \[2, 3, i\]"),
+        ((E.Q_A, E.Q_B, E.values, E), TypeError, "source must be a Kronecker"),
+    ):
+        with pytest.raises(error, match=message):
+            KroneckerEigen(*bad)  # type: ignore[arg-type]

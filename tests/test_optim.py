@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import math
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from oracle import close, grad
 from torch import Tensor, nn
 
 import hookjac
-from hookjac import HookjacError, optim
+from hookjac import HookjacError, apart, optim
 
 ROOT = Path(__file__).resolve().parents[1]
 Y = torch.tensor([0, 2, 1, 1])
@@ -843,6 +845,15 @@ def test_misuse(name: str) -> None:
     (lambda m: optim.NaturalGradient(m, damping=0.0), "damping must be positive"),
     (lambda m: optim.DiagonalNewton(m, damping=0.0), "damping must be positive"),
     (lambda m: optim.KFAC(m, [{"params": m.parameters(), "lr": -1.0}]), "lr must be a number"),
+    (lambda m: optim.KFAC(m, [{"params": m.parameters(), "momentum": 1.5}]), "momentum must be at least 0"),
+    (lambda m: optim.KFAC(m, [{"params": m.parameters(), "decay": 0.5}]), r"one decay .*KFAC\(model, groups, decay="),
+    (lambda m: optim.KFAC(m, [{"params": m.parameters(), "least_damping": 0.0}]), "least_damping must be positive"),
+    (lambda m: optim.KFAC(m, fisher="none"), "'empirical' or 'kfra', got 'none'"),
+    (lambda m: optim.KFAC(m, sharing="none"), "'expand' or 'reduce', got 'none'"),
+    (lambda m: optim.DiagonalNewton(m, [{"params": m.parameters(), "damping": 0.0}]), "damping must be positive"),
+    (lambda m: optim.DiagonalNewton(m, [{"params": m.parameters(), "betas": 0.9}]), "betas must be two numbers"),
+    (lambda m: optim.GaussNewton(m, [{"params": m.parameters(), "damping": 0.0}]), "damping must be positive"),
+    (lambda m: optim.NaturalGradient(m, [{"params": m.parameters(), "least_damping": -1.0}]), "least_damping must be"),
     (lambda m: optim.DPSGD(m, batch_size=4, noise=math.inf), "noise must be a number"),
     (lambda m: optim.DPSGD(m, batch_size=4, clip=0.0), "clip must be positive"),
     (lambda m: optim.DPSGD(m, batch_size=4, loss_reduction="none"), "'mean' or 'sum', got 'none'"),
@@ -850,6 +861,52 @@ def test_misuse(name: str) -> None:
 def test_bad_numbers(make: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(net())
+
+
+def test_what_stands_where_parameters_should() -> None:
+    with pytest.raises(TypeError, match=r"parameters or groups of them after the model, got 0.1: .* as in lr=0.1"):
+        optim.KFAC(net(), 0.1)  # type: ignore[arg-type]
+    with pytest.raises(HookjacError, match=r"group= was given, but torch.distributed is not initialised"):
+        optim.KFAC(net(), group="world")
+
+
+def test_another_function_that_picks_an_output_is_tried_by_itself() -> None:
+    """Often it lies where the one before it lay, which is gone."""
+
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            out = super().forward(x)
+            return out, out - out.mean(0)
+
+    model, x = Two(D, 3), torch.randn(N, D)
+    for _ in range(5):
+        with hookjac.demand_apart(model, lambda out: out[0]):
+            model(x)
+        with pytest.raises(HookjacError, match="the model mixes samples"):
+            with hookjac.demand_apart(model, lambda out: out[1]):
+                model(x)
+
+
+def test_what_was_tried_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, runs = nn.Sequential(nn.Linear(D, 3)), torch.randn(N, D), []
+    real = apart._run
+    monkeypatch.setattr(apart, "_run", lambda *args: (runs.append(1), real(*args))[1])
+
+    class Picks:
+        def all(self, out: Tensor) -> Tensor:
+            return out
+
+    picks, function = Picks(), lambda out, model=model: out
+    gone = weakref.ref(model)
+    for output in (None, picks.all, function):
+        for wanted in (3, 0):
+            runs.clear()
+            with hookjac.demand_apart(model, output):
+                model(x)
+            assert len(runs) == wanted, output
+    del model, function, output
+    gc.collect()
+    assert gone() is None, "what is remembered must not keep the model"
 
 
 def test_half_precision() -> None:

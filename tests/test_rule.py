@@ -51,6 +51,16 @@ def test_a_rule_checks_itself() -> None:
         Rule(name="x", modules=(), pull=lambda c, G: G)
     with pytest.raises(ValueError, match="`params` and `factors` go together"):
         Rule(name="x", modules=(Double,), pull=lambda c, G: G, params=("weight",))
+    for bad, message in (
+        ({"name": 3}, "a rule's name must be a text, got 3"),
+        ({"modules": Double}, "`modules` must be a tuple of classes"),
+        ({"params": "weight"}, "`params` must be a tuple of names, got 'weight'"),
+        ({"pull": 3}, "pull must be a function"),
+        ({"bend": 3}, "bend must be a function, or None"),
+        ({"constant": 1}, "constant must be True or False"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Rule(**{"name": "x", "modules": (Double,), "pull": lambda c, G: G, **bad})  # type: ignore[dict-item]
     good = Rule(name="x", modules=(Double,), pull=lambda c, G: G)
     with pytest.raises(dataclasses.FrozenInstanceError):
         good.name = "y"  # type: ignore[misc]
@@ -100,6 +110,14 @@ def test_a_rule_for_a_node_checks_itself() -> None:
     good: Any = {"fits": lambda n, k, la: True, "part": lambda n, k, G, la: Dense(G)}
     with pytest.raises(TypeError, match="must be type names of autograd nodes"):
         NodeRule(name="x", nodes=("not a name",), slots=(0,), **good)
+    with pytest.raises(TypeError, match="`nodes` must be a tuple of type names"):
+        NodeRule(name="x", nodes="SinBackward0", slots=(0,), **good)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`slots` must be a tuple of numbers"):
+        NodeRule(name="x", nodes=("SinBackward0",), slots=0, **good)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="part must be a function"):
+        NodeRule(name="x", nodes=("SinBackward0",), slots=(0,), fits=good["fits"], part=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`mixed` must be a mapping"):
+        NodeRule(name="x", nodes=("SinBackward0",), slots=(0,), mixed=3, **good)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`slots` must name an input"):
         NodeRule(name="x", nodes=("SinBackward0",), slots=(), **good)
     with pytest.raises(ValueError, match="MmBackward0 has the rule 'matrix product' already"):

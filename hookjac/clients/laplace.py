@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hookjac import given
 from hookjac.clients.laplace_kron import LAPLACE, Blocks, Fisher, Sharing, entries, kron_of
 from hookjac.errors import HookjacError, needed_by
 from hookjac.extend import extend
@@ -42,6 +43,8 @@ class HookjacInterface(CurvatureInterface):  # type: ignore[misc]
     def __init__(
         self, model: nn.Module, likelihood: str, *args: Any, sharing: Sharing = "expand", **kwargs: Any
     ) -> None:
+        given.model(type(self).__name__, model)
+        given.choice(("expand", "reduce"), sharing=sharing)
         if likelihood not in ("classification", "regression"):
             raise ValueError(f"the likelihood of a backend is 'classification' or 'regression', got {likelihood!r}")
         super().__init__(model, likelihood, *args, **kwargs)

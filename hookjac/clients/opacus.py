@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hookjac import given
 from hookjac.apart import demand_apart
 from hookjac.errors import HookjacError, needed_by
 from hookjac.extend import extend
@@ -78,8 +79,8 @@ def grad_samples(
             criterion(model(x), y).backward()
         optimizer.step()
 
-    model: what `make_private(..., grad_sample_mode="no_op")` returned first, or the model itself; then say how the loss
-        is reduced, unless it is the mean.
+    model: what `make_private(..., grad_sample_mode="no_op")` returned first, or the model itself.
+    loss_reduction: "mean" or "sum", as the loss is reduced; None: as `make_private` was told, or the mean.
     accumulate: add a batch to those since the last `optimizer.zero_grad()`, as a list; False: refuse a second one. The
         privacy of Poisson sampling does not hold for batches added up so; use Opacus' BatchMemoryManager there.
     output: as in `hookjac.extend`.
@@ -89,6 +90,7 @@ def grad_samples(
     The block may hold one step or the whole training. Gradients are those of a sample's own loss: under a mean, N
     times its summand. Parameters that the loss does not reach get zeros, an empty batch [0, *p].
     """
+    given.flag(accumulate=accumulate)
     module, reduction = _of(model, loss_reduction)
 
     def collect(params: dict[str, nn.Parameter]) -> None:
@@ -116,6 +118,7 @@ class _Block(extend):
     _alone = frozenset({"grad_sample"})
 
     def __init__(self, model: nn.Module, quantity: str | Quantity, *, independent: bool, **options: Any) -> None:
+        given.flag(independent=independent)  # whatever is merely true would leave the trial out
         super().__init__(model, quantity, **options)
         self._independent = independent
         self._tried = contextlib.ExitStack()
@@ -157,6 +160,12 @@ class GhostClipping:
         output: Select = None,
         independent: bool = False,
     ) -> None:
+        if not isinstance(optimizer, DPOptimizerFastGradientClipping):
+            raise TypeError(
+                f"GhostClipping expects Opacus' DPOptimizerFastGradientClipping, got {type(optimizer).__name__}: use "
+                "ghost_clipping, which makes both."
+            )
+        given.flag(independent=independent)
         self.optimizer = optimizer
         self.model, self.loss_reduction = _of(model, optimizer.loss_reduction)
         self.norms: Tensor | None = None

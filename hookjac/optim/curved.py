@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -45,6 +46,12 @@ class Curved(torch.optim.Optimizer):
                 f"{type(self).__name__} expects the model first, got {type(model).__name__}: write "
                 f"{type(self).__name__}(model, ...), or (model, groups, ...) for groups of its parameters."
             )
+        if params is not None and not isinstance(params, Iterable):
+            raise TypeError(
+                f"{type(self).__name__} expects parameters or groups of them after the model, got "
+                f"{given.said(params)}: all else goes by its name, as in lr=0.1."
+            )
+        self.demand_options(defaults)
         self.model, self.output = model, output
         self.ext: hookjac.extend | None = None  # the block of the coming step's backward
         self._backwards: int | None = None  # in blocks since the last step; None: there was no block
@@ -62,6 +69,11 @@ class Curved(torch.optim.Optimizer):
         """Move the parameters. `self.ext` is the block of this step's backward, if there was one."""
         raise NotImplementedError
 
+    def demand_options(self, options: dict[str, Any]) -> None:
+        """Refuse what the options of a group, or the defaults of all groups, cannot be."""
+        names = ("lr", "damping", "weight_decay", "clip", "momentum", "other_lr")
+        given.numbers(**{name: options[name] for name in names if name in options})
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for every optimizer; of the model's parameters."""
         super().add_param_group(param_group)
@@ -69,11 +81,20 @@ class Curved(torch.optim.Optimizer):
         try:
             if any(id(p) not in known for p in group["params"]):
                 raise ValueError(f"{type(self).__name__} was given a parameter that is not one of its model's")
-            names = ("lr", "damping", "weight_decay", "clip", "momentum", "other_lr")
-            given.numbers(**{name: group[name] for name in names if name in group})
-        except ValueError:
+            self._demand_of_groups(group)
+            self.demand_options(group)
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def _demand_of_groups(self, group: dict[str, Any]) -> None:
+        """An option of the whole optimizer would be passed over in a group."""
+        name, of_all = type(self).__name__, inspect.signature(type(self)).parameters.keys() - self.defaults.keys()
+        if wrong := sorted(of_all & group.keys() - {"params"}):
+            raise ValueError(
+                f"{name} has one {wrong[0]} for all its parameters, not one for each group. Write "
+                f"{name}(model, groups, {wrong[0]}=...)."
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for every optimizer; blocks so far are of no step."""

@@ -17,7 +17,7 @@ class DiagonalNewton(Curved):
     """Newton's method with a diagonal: a step is lr m / (|h| + damping), entry by entry.
 
     m and h are moving averages, without bias, of the gradient and of the curvature's diagonal, which is found anew
-    every `every` steps.
+    every `every` steps; betas: their decays.
 
     curvature: a quantity of shape [*p]: "hess_diag" (exact), "ggn_diag" (never negative), "ggn_diag_mc", "hesscale",
     "hutchinson", or a record with options. negative: what becomes of negative curvature: "abs", its size (saddle-free
@@ -40,11 +40,6 @@ class DiagonalNewton(Curved):
         weight_decay: float = 0.0,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr, clip=clip, weight_decay=weight_decay)
-        given.positive(damping=damping)  # where the curvature is zero, nothing else is left
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, of the gradient and of the curvature; got {betas!r:.80}")
-        given.fractions(**{"the first of betas": betas[0], "the second of betas": betas[1]})
         given.choice(("abs", "clamp", "still"), negative=negative)
         given.counts(1, every=every)
         super().__init__(model, params, {
@@ -52,6 +47,14 @@ class DiagonalNewton(Curved):
         }, output=output)  # fmt: skip
         self.curvature, self.negative, self.every = curvature, negative, every
         (self._name,) = (q.name for q in hookjac.extend(model, curvature).quantities)
+
+    def demand_options(self, options: dict[str, Any]) -> None:
+        super().demand_options(options)
+        given.positive(damping=options["damping"])  # where the curvature is zero, nothing else is left
+        betas = options["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, of the gradient and of the curvature; got {betas!r:.80}")
+        given.fractions(**{"the first of betas": betas[0], "the second of betas": betas[1]})
 
     def wanted(self) -> list[str | hookjac.Quantity]:
         here = [p for group in self.param_groups for p in group["params"] if p.requires_grad]

@@ -21,8 +21,9 @@ class GaussNewton(Curved):
 
     With W [N V, P] the root of G = Wᵀ W, d = -(g - Wᵀ (W Wᵀ + damping)⁻¹ W g) / damping (Woodbury): one Cholesky of the
     kernel W Wᵀ [N V, N V], and W only as its factors. What rounding spoils at small damping, `refine` corrections
-    mend. Given a closure, a step that raises the loss is taken back and tried again under more damping, up to `tries`
-    times, and the damping follows how well the quadratic model foretold the loss; without one it stays.
+    mend. A step is lr d. Given a closure, one that raises the loss is taken back and tried again under more damping, up
+    to `tries` times, and the damping follows how well the quadratic model foretold the loss, down to `least_damping`;
+    without one it stays.
 
     Penalties on the parameters are in g, not in G. Needs a loss that is convex in the outputs. Cost: C backwards, N² V²
     inner products, (N V)³ / 3; and a closure for each try.
@@ -40,8 +41,6 @@ class GaussNewton(Curved):
         refine: int = 1,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr)
-        given.positive(damping=damping, least_damping=least_damping)
         given.counts(1, tries=tries)
         given.counts(0, refine=refine)
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
@@ -49,6 +48,10 @@ class GaussNewton(Curved):
         self.tries, self.refine = tries, refine
 
     single = True
+
+    def demand_options(self, options: dict[str, Any]) -> None:
+        super().demand_options(options)
+        given.positive(damping=options["damping"], least_damping=options["least_damping"])
 
     def wanted(self) -> list[hookjac.Quantity]:
         return [hookjac.GGNSqrt(structured=True)]

@@ -27,8 +27,9 @@ class KFAC(Curved):
     twice the divergence that it makes of the output distribution by itself, is at most that (Ba et al. 2017); momentum
     adds such steps up. 0: it is not. Where clip is in force, lr is not. Eigenvalues below zero, of a loss that is not
     convex, count as zero under `corrected`; else such a loss is refused.
-    weight_decay: decoupled, as in AdamW. adapt_every: every so many steps the damping follows Levenberg and Marquardt,
-    which takes a closure, a product with the Gauss-Newton matrix and one more evaluation; 0: it stays.
+    weight_decay: decoupled, as in AdamW. adapt_every: every so many steps the damping follows Levenberg and Marquardt
+    (down to `least_damping`), which takes a closure, a product with the Gauss-Newton matrix and one more evaluation; 0:
+    it stays.
 
     A parameter without a pair of factors (none known, or a sum of pairs: a table that is the last layer, too) takes a
     step of Adam instead, of length `other_lr`.
@@ -48,7 +49,7 @@ class KFAC(Curved):
         decay: float = 0.95,
         inverse_every: int = 10,
         corrected: bool = False,
-        fisher: Literal["mc", "exact", "empirical"] = "mc",
+        fisher: Literal["mc", "exact", "empirical", "kfra"] = "mc",
         sharing: Literal["expand", "reduce"] = "expand",
         clip: float = 1e-3,
         weight_decay: float = 0.0,
@@ -58,9 +59,8 @@ class KFAC(Curved):
         group: Any = None,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr, damping=damping, clip=clip, weight_decay=weight_decay, other_lr=other_lr)
-        given.positive(least_damping=least_damping)
-        given.fractions(momentum=momentum, decay=decay)
+        given.numbers(clip=clip)
+        given.fractions(decay=decay)
         given.counts(1, inverse_every=inverse_every)
         given.counts(0, adapt_every=adapt_every)
         given.flag(corrected=corrected)
@@ -73,6 +73,13 @@ class KFAC(Curved):
         self.demand_precision()
         self.decay, self.inverse_every, self.adapt_every, self.clip = decay, inverse_every, adapt_every, clip
         self.corrected, self.fisher, self.sharing, self.group = corrected, fisher, sharing, group
+
+        hookjac.extend(model, hookjac.KFAC(fisher=fisher, sharing=sharing), **self.options())  # refuses what cannot be
+
+    def demand_options(self, options: dict[str, Any]) -> None:
+        super().demand_options(options)
+        given.positive(least_damping=options["least_damping"])
+        given.fractions(momentum=options["momentum"])
 
     def options(self) -> dict[str, Any]:
         return {} if self.group is None else {"group": self.group}

@@ -18,8 +18,9 @@ class NaturalGradient(Curved):
 
     G is the generalised Gauss-Newton matrix of the batch, which for cross entropy of logits is the Fisher information,
     so that d is the natural gradient. At most `iterations` products a step; fewer, once the residual is `tolerance` of
-    the gradient. They start from `keep` times the last step. Given a closure, a step that raises the loss is taken
-    back, and the damping follows how well the quadratic model foretold the loss; without one it stays.
+    the gradient. They start from `keep` times the last d. A step is lr d. Given a closure, one that raises the loss is
+    taken back, and the damping follows how well the quadratic model foretold the loss, down to `least_damping`; without
+    one it stays.
 
     G of a loss that is not convex in the outputs may bend down: iterations end where it does, and the step is the
     gradient's where that is at once. Penalties are part of G. Cost: three backwards for each product; and a closure.
@@ -38,13 +39,16 @@ class NaturalGradient(Curved):
         keep: float = 0.9,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr, tolerance=tolerance, keep=keep)
-        given.positive(damping=damping, least_damping=least_damping)
+        given.numbers(tolerance=tolerance, keep=keep)
         given.counts(1, iterations=iterations)
         super().__init__(model, params, {"lr": lr, "damping": damping, "least_damping": least_damping}, output=output)
         self.iterations, self.tolerance, self.keep = iterations, tolerance, keep
 
     single = True
+
+    def demand_options(self, options: dict[str, Any]) -> None:
+        super().demand_options(options)
+        given.positive(damping=options["damping"], least_damping=options["least_damping"])
 
     def wanted(self) -> list[hookjac.Quantity]:
         return [hookjac.GGNMP()]

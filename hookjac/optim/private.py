@@ -19,7 +19,8 @@ class DPSGD(Curved):
     """Stochastic gradient descent on clipped and noised gradients (Abadi et al. 2016).
 
     A step goes by the sum over samples of g_n min(1, clip / |g_n|), plus Gaussian noise of deviation `noise` clip on
-    every parameter, over `batch_size`, the *expected* size under Poisson sampling. |g_n| is over all of them.
+    every parameter, over `batch_size`, the *expected* size under Poisson sampling. |g_n| is over all of them. lr,
+    momentum and weight_decay: as in `torch.optim.SGD`.
 
     step(closure) never holds a gradient for each sample: its backward finds their norms (`grad_sample_norm`), and the
     model is run once more, on the same random numbers, for one gradient of the outputs with each sample's share. The
@@ -53,12 +54,11 @@ class DPSGD(Curved):
         generator: torch.Generator | None = None,
         output: Any = None,
     ) -> None:
-        given.numbers(lr=lr, noise=noise, momentum=momentum, weight_decay=weight_decay)
+        given.numbers(noise=noise)
         given.positive(clip=clip, batch_size=batch_size)
         given.choice(("mean", "sum"), loss_reduction=loss_reduction)
         given.flag(independent=independent)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {generator!r:.80}")
+        given.generator(generator)
         super().__init__(model, params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, output=output)
         self.batch_size, self.clip, self.noise, self.generator = batch_size, clip, noise, generator
         self.loss_reduction, self.independent = loss_reduction, independent

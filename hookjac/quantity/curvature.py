@@ -28,7 +28,8 @@ def GGNDiag(*, subsample: Samples = None) -> Quantity:
     G = sum_n J_nᵀ H_n J_n with J_n the Jacobian of the model's outputs and H_n the Hessian of the reduced loss in
     them; penalties add their own Hessian. What is made of the selected output counts as loss; where the loss goes
     around all outputs, the first layer's output stands for one. For cross entropy of logits it is the Fisher
-    information (Schraudolph 2002, Martens 2014). Units: loss / parameter². Cost: C backwards.
+    information (Schraudolph 2002, Martens 2014). subsample: as for `GradSample`. Units: loss / parameter². Cost: C
+    backwards.
     """
     return Quantity(name="ggn_diag", columns=GGN(), reduce=_diagonal, subsample=chosen(subsample), adds=Adds())
 
@@ -36,8 +37,8 @@ def GGNDiag(*, subsample: Samples = None) -> Quantity:
 def GGNDiagSample(*, subsample: Samples = None) -> Quantity:
     """`p.ggn_diag_sample` [N, *p]: the summands of `ggn_diag`, exact to rounding; they add up to it.
 
-    Penalties are shared equally by the samples. Units: loss / parameter². Cost: C backwards, and writing N times the
-    parameters.
+    Penalties are shared equally by the samples. subsample: as for `GradSample`. Units: loss / parameter². Cost: C
+    backwards, and writing N times the parameters.
     """
     return Quantity(name="ggn_diag_sample", columns=GGN(), reduce=_diagonals, subsample=chosen(subsample),
                     entries=lambda M, C, P: M * P, instead="ggn_diag is their sum.", single=True)  # fmt: skip
@@ -48,7 +49,7 @@ def GGNDiagMC(*, samples: int = 1, generator: torch.Generator | None = None, sub
 
     Each column is H_n^(1/2) e with random signs e, drawn anew for each sample and each backward, from `generator` or
     from torch's global one. For an H_n that is not positive semi-definite two columns are sent for each, u and w, with
-    E[u wᵀ] = H_n. Units: loss / parameter². Cost: `samples` backwards, whatever C is.
+    E[u wᵀ] = H_n. subsample: as for `GradSample`. Units: loss / parameter². Cost: `samples` backwards, whatever C is.
     """
     wish = Sampled(samples, generator)
     return Quantity(name="ggn_diag_mc", columns=wish, reduce=_diagonal, subsample=chosen(subsample), adds=Adds())
@@ -61,8 +62,9 @@ def HessDiag(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Sample
     cheapest of "columns" (closed forms where there are some), "features" and "entries" (Hessian-vector products,
     one for each output feature of a layer, or each entry of the parameter). A road that cannot serve a parameter
     is replaced by the next that can. flop_limit: the bill is known before anything walks, and one beyond this limit
-    is refused (1e17 keeps a CPU busy for months). Units: loss / parameter². Cost: for piecewise-linear nets that of
-    `ggn_diag`; else see `explain()`. Long work shows a progress bar where tqdm is installed.
+    is refused (1e17 keeps a CPU busy for months). subsample: as for `GradSample`. Units: loss / parameter². Cost: for
+    piecewise-linear nets that of `ggn_diag`; else see `explain()`. Long work shows a progress bar where tqdm is
+    installed.
     """
     wish = Hessian(road, flop_limit)
     return Quantity(name="hess_diag", columns=wish, reduce=_diagonal, subsample=chosen(subsample), adds=Adds())
@@ -71,8 +73,9 @@ def HessDiag(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Sample
 def HessDiagSample(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Samples = None) -> Quantity:
     """`p.hess_diag_sample` [N, *p]: the summands of `hess_diag`, exact to rounding; they add up to it.
 
-    Penalties are shared equally by the samples. Units: loss / parameter². Cost: as `hess_diag`, and writing N times
-    the parameters; for parameters on the road "entries", N times as many products.
+    Penalties are shared equally by the samples. road, flop_limit: as for `HessDiag`; subsample: as for `GradSample`.
+    Units: loss / parameter². Cost: as `hess_diag`, and writing N times the parameters; for parameters on the road
+    "entries", N times as many products.
     """
     wish = Hessian(road, flop_limit)
     return Quantity(name="hess_diag_sample", columns=wish, reduce=_diagonals, subsample=chosen(subsample),
@@ -89,9 +92,9 @@ def GGNSqrt(
     """`p.ggn_sqrt` [V, N, *p]: S with G = sum over v and n of s sᵀ for this parameter's block, exact to rounding.
 
     V = C columns H_n^(1/2) J_n, or C - 1 under cross entropy (the rank of its H_n); with `samples`, that many random
-    ones, unbiased (see `GGNDiagMC`). Of the data's part of the loss: a penalty has no place in it. Needs a loss that is
-    convex in the outputs. Units: sqrt(loss) / parameter. Cost: C (or `samples`) backwards, and writing V N times the
-    parameters.
+    ones from `generator`, unbiased (see `GGNDiagMC`). subsample: as for `GradSample`. Of the data's part of the loss: a
+    penalty has no place in it. Needs a loss that is convex in the outputs. Units: sqrt(loss) / parameter. Cost: C (or
+    `samples`) backwards, and writing V N times the parameters.
 
     structured: instead a `JacTensor` [N, V, *p], samples first as in `jac`, kept as its factors, so that none of that
     size is written. `hookjac.Jacobian({name: p.ggn_sqrt, ...})` is the root of the whole matrix as an operator W
@@ -134,8 +137,8 @@ def _root(metric: Tensor) -> Tensor:  # [N, V] or [N, V, V] -> R of the same sha
 def GGNBlock(*, subsample: Samples = None) -> Quantity:
     """`p.ggn_block` [P, P]: this parameter's block of the generalised Gauss-Newton matrix, exact, in row-major order.
 
-    Penalties add their own Hessian. For small parameters: P² entries are written. Units: loss / parameter². Cost: C
-    backwards, and N C P².
+    Penalties add their own Hessian. For small parameters: P² entries are written. subsample: as for `GradSample`.
+    Units: loss / parameter². Cost: C backwards, and N C P².
     """
     return Quantity(name="ggn_block", columns=GGN(), reduce=_block, subsample=chosen(subsample), adds=Adds())
 
@@ -143,8 +146,9 @@ def GGNBlock(*, subsample: Samples = None) -> Quantity:
 def HessBlock(*, road: Road = "auto", flop_limit: float = 1e17, subsample: Samples = None) -> Quantity:
     """`p.hess_block` [P, P]: this parameter's block of the Hessian of the loss, exact, in row-major order.
 
-    Its diagonal is `hess_diag`. For small parameters: P² entries are written. Units: loss / parameter². Cost: that of
-    `hess_diag`, and a product of columns of P² for each.
+    Its diagonal is `hess_diag`. For small parameters: P² entries are written. road, flop_limit: as for `HessDiag`;
+    subsample: as for `GradSample`. Units: loss / parameter². Cost: that of `hess_diag`, and a product of columns of P²
+    for each.
     """
     wish = Hessian(road, flop_limit)
     return Quantity(name="hess_block", columns=wish, reduce=_block, subsample=chosen(subsample), full=True, adds=Adds())

@@ -21,8 +21,8 @@ def GradSample(*, loss_reduction: Literal["sum", "mean"] = "sum", subsample: Sam
 
     It refers to the loss as it was reduced: `p.grad_sample.sum(0) == p.grad`. `loss_reduction="mean"` multiplies by
     N, the scale that Opacus expects under a mean loss. A part of the loss that passes through no sample (an L2
-    penalty) is shared equally by the N samples. subsample: numbers of the samples wanted. Units: loss / parameter.
-    Cost: about one backward, and writing N times the parameters.
+    penalty) is shared equally by the N samples. subsample: indices of the samples wanted, in the batch; the loss is
+    that of the whole batch. Units: loss / parameter. Cost: about one backward, and writing N times the parameters.
     """
     given.choice(("sum", "mean"), loss_reduction=loss_reduction)
 
@@ -44,8 +44,8 @@ def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
 
     Nothing of size N P is built: for a layer with one position a product of two norms, with several the inner
     products of positions, or single samples' gradients in turn, whichever is cheaper (Goodfellow 2015, Rochette et
-    al. 2019). For the whole model: the root of the sum of squares over parameters. Units: loss / parameter. Cost:
-    about one backward.
+    al. 2019). For the whole model: the root of the sum of squares over parameters. subsample: as for `GradSample`.
+    Units: loss / parameter. Cost: about one backward.
     """
 
     def reduce(got: Received) -> Tensor:
@@ -62,8 +62,8 @@ def GradSampleNorm(*, subsample: Samples = None) -> Quantity:
 def GradSampleGram(*, subsample: Samples = None) -> Quantity:
     """`p.grad_sample_gram` [N, N]: inner products between the samples' gradients for this parameter, exact.
 
-    Sums over parameters are those of the whole model. Nothing of size N P is built for dense layers and tables. Units:
-    (loss / parameter)². Cost: about one backward.
+    Sums over parameters are those of the whole model. Nothing of size N P is built for dense layers and tables.
+    subsample: as for `GradSample`. Units: (loss / parameter)². Cost: about one backward.
     """
 
     def reduce(got: Received) -> Tensor:
@@ -82,8 +82,8 @@ def GradSampleGram(*, subsample: Samples = None) -> Quantity:
 def GradSqSum(*, subsample: Samples = None) -> Quantity:
     """`p.grad_sq_sum` [*p]: the sum over samples of the squared gradients, entry by entry, exact to rounding.
 
-    It refers to the loss as it was reduced: under a mean loss, N² times this is the sum in the natural scale. Units:
-    (loss / parameter)². Cost: about one backward.
+    It refers to the loss as it was reduced: under a mean loss, N² times this is the sum in the natural scale.
+    subsample: as for `GradSample`. Units: (loss / parameter)². Cost: about one backward.
     """
     adds = Adds(powers=(2,))
     return Quantity(
@@ -95,8 +95,8 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
     """`p.grad_var` [*p]: the population variance over samples of N times the gradient (the natural scale).
 
     N times, so that under a mean loss it is the variance of single losses' gradients. Exact to rounding relative to
-    the mean square: where the samples hardly differ, few digits are left. Units: (loss / parameter)². Cost: about one
-    backward.
+    the mean square: where the samples hardly differ, few digits are left. subsample: as for `GradSample`; the variance
+    is then over those. Units: (loss / parameter)². Cost: about one backward.
     """
 
     def measure(got: Received, scale: float = 1.0) -> tuple[Tensor, Tensor]:

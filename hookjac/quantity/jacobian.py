@@ -15,8 +15,8 @@ def Jac(*, outputs: Samples = None, subsample: Samples = None) -> Quantity:
 
     A `JacTensor`: a tensor kept as its factors, built when it is read. `ext.jacobian` is the same for all parameters
     together. Independent of the loss. outputs: numbers of the entries of one sample's output that are wanted, in
-    row-major order; the result is then [N, len(outputs), *p]. Units: output / parameter. Cost: C backwards; when read,
-    writing N C times the parameters.
+    row-major order; the result is then [N, len(outputs), *p]. subsample: as for `GradSample`. Units: output /
+    parameter. Cost: C backwards; when read, writing N C times the parameters.
     """
     rows = chosen(outputs, "outputs")
 

@@ -36,17 +36,17 @@ def KFAC(
     table A is diagonal; a bias or a norm has B alone, its exact block. Uses of one form are positions of one product;
     of different forms (a table that is a weight as well), a `KroneckerSum`. Of the data's part of the loss.
 
-    fisher: which columns g. "mc": `samples` random ones with the loss's Hessian as second moment (unbiased; Martens &
-    Grosse 2015); "exact": all C (KFLR, Botev et al. 2017); "empirical": the loss gradients of the samples themselves,
-    a different matrix; "kfra": the Gauss-Newton matrix of each layer averaged over samples on the way (Botev et al.
-    2017; for parameters used once).
+    fisher: which columns g. "mc": `samples` random ones, from `generator` or torch's global one, with the loss's
+    Hessian as second moment (unbiased; Martens & Grosse 2015); "exact": all C (KFLR, Botev et al. 2017); "empirical":
+    the loss gradients of the samples themselves, a different matrix; "kfra": the Gauss-Newton matrix of each layer
+    averaged over samples on the way (Botev et al. 2017; for parameters used once).
     sharing: where a weight is used at L positions, "expand" takes positions for samples, "reduce" adds them up first
     (Eschenhagen et al. 2023). corrected: `p.kfac` is a `KroneckerEigen` whose eigenvalues are the diagonal of the exact
     curvature in the eigenvectors' basis (EKFAC, George et al. 2018). That basis is the batch's own; or, for parameters
     (or their names) in a mapping, the one given there (say, of a moving average of the factors: `p.kfac.source` has
     this batch's).
     otherwise: what becomes of a parameter whose curvature has no such factors and is too large as a block: an error, or
-    None for `p.kfac`.
+    None for `p.kfac`. subsample: as for `GradSample`.
 
     Exact for one sample without shared positions, and for linear nets under a quadratic loss; else an approximation,
     for the block is a sum of products and not a product of sums. Units: B loss /

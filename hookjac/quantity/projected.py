@@ -28,8 +28,8 @@ def GradSampleProjected(*, k: int = 512, seed: int = 0, subsample: Samples = Non
     (less noise).
 
     Nothing of size N P or k P is built: for a layer both sides meet the signs by themselves, k (r + c) products for
-    each position, or single samples' gradients in turn, where that is cheaper. Units: loss / parameter. Cost: about
-    one backward, those products, and k (r + c) signs.
+    each position, or single samples' gradients in turn, where that is cheaper. subsample: as for `GradSample`.
+    Units: loss / parameter. Cost: about one backward, those products, and k (r + c) signs.
     """
     given.counts(1, k=k)
     given.counts(0, seed=seed)

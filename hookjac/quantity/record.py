@@ -228,7 +228,7 @@ class Adds:
             raise TypeError(f"label must be a text, got {given.said(self.label)}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Quantity:
     """A name (and attribute), the columns it wants, and how it reduces what a parameter received.
 
@@ -282,6 +282,10 @@ class Quantity:
             raise TypeError(f"adds must be a hookjac.Adds, or None; got {given.said(self.adds)}")
         if not isinstance(self.instead, str):
             raise TypeError(f"instead must be a text, got {given.said(self.instead)}")
+
+    def __repr__(self) -> str:
+        picked = "" if self.subsample is None else f", subsample={list(self.subsample)}"
+        return f"Quantity(name={self.name!r}, columns={self.columns}{picked})"
 
     @property
     def curved(self) -> bool:

@@ -572,6 +572,8 @@ def test_what_is_refused() -> None:
         HookjacHessian(model, "classification").kron(x, y, N)
     with pytest.raises(ValueError, match="sharing must be 'expand' or 'reduce', got 'both'"):
         HookjacGGN(model, "classification").kron(x, y, N, kfac_approx="both")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"HookjacGGN expects a torch.nn.Module, got 3"):
+        HookjacGGN(3, "classification")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="functional_variance takes a Laplace of structure diag, kron or full, got"):
         functional_variance(object(), x)  # type: ignore[arg-type]
     for p in model.parameters():

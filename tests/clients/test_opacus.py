@@ -433,6 +433,15 @@ def test_samples_of_a_model_that_does_not_tell() -> None:
     assert model.inner[0].weight.grad_sample.shape == (4, 6, 5)
 
 
+def test_what_is_merely_true_leaves_no_trial_out() -> None:
+    model = made("mlp")
+    for options in ({"independent": "no"}, {"accumulate": 1}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be True or False"):
+            grad_samples(model, **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expects Opacus' DPOptimizerFastGradientClipping, got SGD: use ghost_clipping"):
+        GhostClipping(model, torch.optim.SGD(model.parameters(), lr=1.0))  # type: ignore[arg-type]
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
