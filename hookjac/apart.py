@@ -63,6 +63,8 @@ def demand_apart(model: nn.Module, output: Select = None) -> Iterator[None]:
         tried = _TRIED.setdefault(module, set())
         state = _state(module, output)
         if torch.is_grad_enabled() and state not in tried and _apart(module, args, kwargs, output):
+            # of outputs that are gone nobody asks again
+            tried -= {its for its in tried if isinstance(its[1], weakref.ref) and its[1]() is None}
             tried.add(state)
 
     handles: list[RemovableHandle] = []

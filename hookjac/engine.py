@@ -267,10 +267,11 @@ class Walk:
             return factor if pick is None else factor.samples(pick)
 
         pieces: list[tuple[Factor, Tensor | None]] = []
+        noise: Callable[[], float] = lambda: 0.0
         for group in seeds.of(wish):
             if group in receipt.factors:
                 factor = whole(group) if rows is None else whole(group).columns(rows)
-                metric = group.metric
+                metric, noise = group.metric, group.noise
                 pieces.append((picked(factor), metric if metric is None or pick is None else metric[pick]))
         direct = self.direct.get(p) if isinstance(wish, (Loss, GGN, Sampled, Averaged, Diagonal, Hessian)) else None
         product: Product | None = None
@@ -291,5 +292,5 @@ class Walk:
         probed = self.probed[wish][p] if isinstance(wish, Probes) else None
         return Received(
             plan.params[p], plan.N, M, self.out_shape, pieces, direct, product, crossed, times, probed,
-            name=plan.names[p],
+            noise=noise, name=plan.names[p],
         )  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
-from hookjac.graph import Bend, Edge, children, gradients, meta, pull, signed
+from hookjac.graph import Bend, Edge, children, gradients, meta, ordered, pull, signed
 from hookjac.loss import hessian, leading_to
 from hookjac.places import placing
 from hookjac.plan import Plan
@@ -31,6 +31,7 @@ from hookjac.samples import Layout
 from hookjac.structure import SEPARATE, scales_linearly
 
 _LARGEST = 1 << 28  # entries of [N, C, C]: two gigabytes in float64
+_ROUNDINGS = 16  # of the loss gradient, that may add up to an entry
 
 
 def unit_columns(
@@ -269,6 +270,20 @@ class Head:
                 known = self.form.dense(self.N)
             self._dense = self._by_products() if known is None else known
         return self._dense
+
+    def noise(self) -> float:
+        """What rounding may make of an eigenvalue that is zero, as where a softmax is sure: a difference of what is of
+        the size of the loss gradient, on its way from the loss to the outputs."""
+        ends = {e.node for e in self.edges}
+        below = lambda node: [] if node in ends else [e.node for e in children(node) if e is not None]
+        leading = set(ends)
+        for node in reversed(ordered([self.loss.grad_fn], below)):
+            if not leading.isdisjoint(below(node)):
+                leading.add(node)
+        above = [Edge(node, nr) for node in leading - ends for nr in range(len(node._input_metadata))]
+        eps = torch.finfo(meta(self.edges[0])[1]).eps
+        sizes = [float(g.abs().max()) for g in gradients([self.loss], above, [None]) if g.numel()] if above else []
+        return _ROUNDINGS * eps * max(sizes, default=0.0)
 
     def full(self) -> Tensor:
         """[N, C, C]."""

@@ -139,12 +139,12 @@ class Pass:
                     group.rows[k] = places_of(wish.rows, rows, units.device)
             if curved and len(rows) == C:  # the same unit columns serve both
                 assert head is not None
-                group.asked, group.metric, curved = group.asked + curved, head.metric(), []
+                group.asked, group.metric, group.noise, curved = group.asked + curved, head.metric(), head.noise, []
             yield group, units
         if curved:
             assert head is not None
             (columns,), metric = head.columns()
-            yield Group(curved, metric), columns
+            yield Group(curved, metric, head.noise), columns
         for drawn, quantities in sampled.items():
             assert head is not None
             (columns,), metric = head.draw(drawn)

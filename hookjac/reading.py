@@ -26,6 +26,7 @@ class Group:
 
     asked: list[tuple[int, Quantity]] = field(default_factory=list)
     metric: Tensor | None = None
+    noise: Callable[[], float] = lambda: 0.0  # how much of it may be rounding
     rows: dict[int, Tensor] = field(default_factory=dict)
     summed: frozenset[int] = frozenset()  # parameters of which the sum over the samples is wanted, too
 
@@ -113,14 +114,16 @@ class Reading:
         if factor is None:
             return Received(param, N, N if q.subsample is None else len(q.subsample), passage.out_shape, name=name)
         if q.subsample is None and not group.rows:
-            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient, name=name)
+            its = ((factor, metric),)
+            return Received(param, N, N, passage.out_shape, its, whole=gradient, noise=group.noise, name=name)
         if number in group.rows:
             factor = factor.columns(group.rows[number])
         if q.subsample is None:
-            return Received(param, N, N, passage.out_shape, ((factor, metric),), whole=gradient, name=name)
+            its = ((factor, metric),)
+            return Received(param, N, N, passage.out_shape, its, whole=gradient, noise=group.noise, name=name)
         pick = torch.tensor(q.subsample, device=param.device)
         pieces = ((factor.samples(pick), None if metric is None else metric[pick]),)
-        return Received(param, N, len(q.subsample), passage.out_shape, pieces, name=name)
+        return Received(param, N, len(q.subsample), passage.out_shape, pieces, noise=group.noise, name=name)
 
 
 _CURVED = (GGN, Hessian, Sampled)

@@ -9,7 +9,7 @@ V columns; `[V, *t]` are V cotangents of a tensor of shape t.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +28,15 @@ Key = Any  # Edge of a layer's output, or an autograd node
 
 @dataclass(eq=False)
 class Group:
-    """Columns that belong together: `size` of them, weighed by `metric` ([N, V] or [N, V, V]; None: not curvature)."""
+    """Columns that belong together: `size` of them, weighed by `metric` ([N, V] or [N, V, V]; None: not curvature).
+
+    noise: how much of the metric may be rounding.
+    """
 
     name: str
     size: int
     metric: Tensor | None = None
+    noise: Callable[[], float] = lambda: 0.0
     alone: bool = False  # never batched with others: same shapes, same kernels, same rounding
     owner: int | None = None  # the id of the one parameter that they are for; None: for all
 

@@ -159,10 +159,10 @@ class Seeds:
         if self._named(GGN) or by_columns:
             if output is not None and edges == plan.selected:
                 first = output  # the same unit columns serve both
-                first.metric = head.metric()
+                first.metric, first.noise = head.metric(), head.noise
             else:
                 columns, metric = head.columns()
-                first = Group("ggn", len(columns[0]), metric)
+                first = Group("ggn", len(columns[0]), metric, head.noise)
                 self._enter(first, edges, columns)
             self.groups[GGN()] = first
         for wish in self.asked:

@@ -241,6 +241,44 @@ def test_no_square_root_of_what_is_not_convex() -> None:
             model(torch.randn(N, D)).square().neg().sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("asked", [("ggn_sqrt",), ("ggn_sqrt", "jac"), ("ggn_sqrt", "hess_diag")])
+def test_the_square_root_of_a_sure_softmax(asked: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Its Hessian is zero but for rounding, which may lie below: no reason to refuse it."""
+    below = False
+    for size in range(0, 80, 2):
+        torch.manual_seed(size)
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)).to(dtype)
+        ids, y = torch.randint(5, (6, 2)), torch.randint(3, (12,))
+        with torch.no_grad():
+            model[1].weight.mul_(size)
+
+        def loss(out: Tensor, y: Tensor = y) -> Tensor:
+            return nn.functional.cross_entropy(out.flatten(0, 1), y)
+
+        free = model(ids).detach().requires_grad_()
+        slope = grad(loss(free), free).reshape(6, -1)
+        H = torch.stack([grad(slope[:, k].sum(), free).reshape(6, -1) for k in range(6)], 1)
+        values = torch.linalg.eigvalsh(H.detach())
+        below |= bool((values.amin(1) < -1e3 * torch.finfo(dtype).eps * values.amax(1)).any())
+        for _ in range(2):
+            with extend(model, *asked, "ggn_block"):
+                loss(model(ids)).backward()
+            for p in model.parameters():
+                R = p.ggn_sqrt.flatten(0, 1).flatten(1)  # type: ignore[attr-defined]
+                off = (R.T @ R - p.ggn_block).abs().max()  # type: ignore[attr-defined]
+                assert off <= 100 * torch.finfo(dtype).eps * max(1.0, float(p.ggn_block.abs().max()))  # type: ignore[attr-defined]
+    assert below
+
+
+@pytest.mark.parametrize("bend", [1e-3, 1e-9])
+def test_little_that_is_not_convex_is_seen(bend: float) -> None:
+    model = mlp()
+    with pytest.raises(HookjacError, match=r"the loss is not convex"), extend(model, "ggn_sqrt"):
+        out = model(torch.randn(N, D))
+        (out.sum() - bend * out.square().sum()).backward()
+
+
 def estimates(name: str, make: Callable[[], Any], loss: Callable[[Tensor], Tensor], draws: int) -> None:
     """The mean of many draws is the exact value, within five standard errors entry by entry."""
     case = MODELS[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -110,7 +112,7 @@ def GGNSqrt(
             return zero(got.param, got.M, torch.Size([0])) if structured else got.zeros(0, got.M)
         factor, metric = got.pieces[0]
         assert metric is not None
-        factor = factor.mix(_root(metric))
+        factor = factor.mix(_root(metric, got.noise))
         if structured:
             return JacTensor(factor, torch.Size([factor.V]), got.param.dtype)
         return factor.dense().to(got.param.dtype).contiguous()
@@ -121,10 +123,11 @@ def GGNSqrt(
                     single=True)  # fmt: skip
 
 
-def _root(metric: Tensor) -> Tensor:  # [N, V] or [N, V, V] -> R of the same shape with M = Rᵀ R
+def _root(metric: Tensor, noise: Callable[[], float]) -> Tensor:  # [N, V] or [N, V, V]
+    """R of the same shape with M = Rᵀ R."""
     values, vectors = (metric, None) if metric.dim() == 2 else torch.linalg.eigh(metric)
     low = values.amin(1) + 1e3 * torch.finfo(values.dtype).eps * values.abs().amax(1) if metric.numel() else values
-    if bool((low < 0).any()):
+    if bool((low < 0).any()) and bool((low < -noise()).any()):
         raise HookjacError(
             f"the loss is not convex in the outputs (its Hessian there has an eigenvalue {values.min():.1e}),"
             " so that the generalised Gauss-Newton matrix has no real square root. ggn_diag and ggn_block have no such "

@@ -118,6 +118,7 @@ class Received:
     times: products with the parameter's block, [K, *p] -> [K, *p], where those were asked for.
     probed: random signs and their products with the Hessian, [K, *p] each, where those were asked for.
     whole: the sum of the factor over all samples [*p], where that is known.
+    noise: how far from zero rounding may have taken an eigenvalue of the metric.
     name: the parameter's in the model.
     """
 
@@ -132,6 +133,7 @@ class Received:
     times: Callable[[Tensor], Tensor] | None = None
     probed: tuple[Tensor, Tensor] | None = None
     whole: Tensor | None = None
+    noise: Callable[[], float] = lambda: 0.0
     name: str = ""
 
     def sum(self) -> Tensor:
