@@ -190,7 +190,7 @@ class extend:
             if self._ranks is not None and kind is None:
                 params = Members(self.model).trainable
                 self._clear(params, *self._ranks.summed)
-                self._attach(params, self._ranks.exchange(params), everywhere=True)
+                self._attach(params, self._ranks.exchange(params), group=self._ranks.group)
         finally:
             self._service.held = {}
 
@@ -283,9 +283,9 @@ class extend:
             self._after(dict(params))
 
     def _attach(
-        self, params: Mapping[str, nn.Parameter], found: Mapping[str, Mapping[str, Any]], *, everywhere: bool = False
+        self, params: Mapping[str, nn.Parameter], found: Mapping[str, Mapping[str, Any]], *, group: Group | None = None
     ) -> None:
-        """everywhere: the same on all ranks, and so placed as the parameter is."""
+        """group: whose ranks all have the same results."""
         assert self._service is not None
         for name, its in found.items():
             owners = [params[name]]
@@ -293,7 +293,7 @@ class extend:
                 owners.append(self._service.held[name])  # left whole after the backward: it will be parted again
             for p in owners:
                 for q, value in its.items():
-                    setattr(p, q, like(value, p) if everywhere else value)
+                    setattr(p, q, value if group is None else like(value, p, group))
 
     def _backward(self, start: Start) -> Any:
         """One backward of the user's: ours first, while the graph is alive; then theirs; results last."""

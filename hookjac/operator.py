@@ -93,9 +93,13 @@ class Curvature:
         """[K, *p] for the ids of some parameters -> the same, of the block that they span."""
         params = {p: self._params[p] for p in vectors}
         vectors = {p: given.real("vectors", v, *meta(params[p])[1:]) for p, v in vectors.items()}
-        if not next(iter(vectors.values())).shape[0]:
-            return {p: torch.zeros_like(v) for p, v in vectors.items()}
-        with torch.inference_mode(False), torch.enable_grad(), self._quiet():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            self._quiet(),
+        ):  # with no vector, too: ranks may meet here
+            if not next(iter(vectors.values())).shape[0]:
+                return {p: torch.zeros_like(v) for p, v in vectors.items()}
             try:
                 if self.kind == "hessian":
                     heads = [h for p, h in zip(self._params, self._first, strict=True) if p in vectors]

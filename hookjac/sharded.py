@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hookjac.errors import HookjacError
@@ -47,19 +48,20 @@ def in_one_piece(t: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def whole(found: list[Any]) -> Iterator[None]:
-    """All parameters in one piece, as the graph has them; after an error in shards again.
+def whole(found: list[Any], apart: list[Any] | None = None) -> Iterator[None]:
+    """All parameters in one piece, as the graph has them; after an error in shards again: of those in `apart`, or all.
 
     Otherwise they stay whole: the user's backward, which is about to begin, needs them so and parts them after use.
     """
     handles = [m.register_forward_pre_hook(_refuse_forward, prepend=True) for m in found]
     states = [(state := m._get_fsdp_state(), state._training_state) for m in found]
     try:
-        for module in found:
-            module.unshard()
+        with _gathering():
+            for module in found:
+                module.unshard()
         yield
     except BaseException:
-        for module in found:
+        for module in found if apart is None else apart:
             module.reshard()
         raise
     finally:
@@ -69,8 +71,22 @@ def whole(found: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def _gathering() -> Iterator[None]:
+    """Say in our words that weights do not come together."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise HookjacError(
+            "fully_shard could not make the weights whole: another rank ended, raised an error or did not take the "
+            "same products, so that it did not come within the time-out of the process group; or the model was "
+            f"converted to another type or device since it first ran ({error})"
+        ) from error
+
+
 class Whole:
-    """Parameters that a graph was made with, for a product with it: in one piece as they were then, and apart after it.
+    """Parameters that a graph was made with, for a product with it: in one piece as they were then, and after it as
+    they were before.
 
     Collective, as whatever fetches weights is. What the graph saved is the memory that they are gathered into, and
     FSDP2 hides from autograd that it is written anew: other weights would be taken for those of the graph.
@@ -83,8 +99,8 @@ class Whole:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        apart = [m for m in self._found if any(is_spread(p) for p in m.parameters())]  # not while our walk goes
-        with whole(self._found):
+        apart = _in_shards(self._found)  # none while our walk goes, and the root is not after a forward
+        with whole(self._found, apart):
             if not torch.equal(self._bits(), self._before):
                 raise HookjacError(
                     "a product with the curvature needs the weights of the backward that made it, and they were "
@@ -97,12 +113,37 @@ class Whole:
                     module.reshard()
 
     def _bits(self) -> Tensor:
-        """[parameters]: a number for the values of each, and the same one for the same values only."""
-        found = []
-        for p in self._params:
-            bits = p.detach().double().reshape(-1).view(torch.int64)
-            found.append((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum())
-        return torch.stack(found)
+        """[parameters]: a number for the values of each; other values have, in all likelihood, another one."""
+        return torch.stack([_mixed(p.detach()) for p in self._params])
+
+
+def _mixed(t: Tensor) -> Tensor:
+    """A number for a tensor's values, bit by bit.
+
+    Each entry and its place are scrambled before they are added, by the last step of SplitMix64 (Steele, Lea and Flood
+    2014): in a sum of the bits themselves, changes as plain as of all signs or of a factor 2 can cancel.
+    """
+    bits = (torch.view_as_real(t) if t.is_complex() else t).double().reshape(-1).view(torch.int64)
+    z = bits + torch.arange(1, len(bits) + 1, device=bits.device) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ _shifted(z, shift)) * factor
+    return (z ^ _shifted(z, 31)).sum()
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+def _in_shards(found: list[Any]) -> list[Any]:
+    """Those whose own parameters are, whatever holds for those of units within them."""
+    apart = []
+    for module in found:
+        inside = set(module.modules()) - {module}
+        theirs = {p for m in found if m in inside for p in m.parameters()}
+        if any(is_spread(p) and p not in theirs for p in module.parameters()):
+            apart.append(module)
+    return apart
 
 
 def _refuse_forward(module: nn.Module, args: Any) -> None:
@@ -134,13 +175,19 @@ def demand_plain(params: Mapping[str, nn.Parameter], shards: Mapping[str, nn.Par
             )
 
 
-def like(value: Any, p: Tensor) -> Any:
-    """A result of the parameter's own shape [*p], the same on all ranks, placed as the parameter is."""
+def like(value: Any, p: Tensor, group: Any = None) -> Any:
+    """A result of the parameter's own shape [*p], placed as the parameter is.
+
+    group: whose ranks have the same one; None: all. If the parameter is spread over others, too, it stays as it is: a
+    DTensor is one value that all of them share.
+    """
     if not is_spread(p) or not isinstance(value, Tensor) or value.shape != p.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    if group is not None and not set(mesh.mesh.flatten().tolist()) <= set(dist.get_process_group_ranks(group)):
+        return value
     return distribute_tensor(value.to(p.dtype), mesh, placements, src_data_rank=None)
 
 

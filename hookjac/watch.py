@@ -106,6 +106,7 @@ class Watch(TorchFunctionMode):
             return
         try:
             self._busy = True
+            _working().add(self)
             self._kept = [(t, t.grad) for ref in self._retained if (t := ref()) is not None]
             for hooks in [p._backward_hooks for p in params if p._backward_hooks]:
                 self._silenced.append((hooks, dict(hooks)))
@@ -125,6 +126,7 @@ class Watch(TorchFunctionMode):
         for t, grad in self._kept:
             t.grad = grad
         self._silenced, self._kept, self._busy = [], [], False
+        _working().discard(self)
 
     def retained(self) -> bool:
         """Is there a tensor whose `.grad` the user's own backward has to fill?"""
@@ -140,7 +142,7 @@ class Watch(TorchFunctionMode):
         if func is torch.Tensor.register_hook and not args[0].is_leaf:
             (tensor, hook) = inspect.signature(func).bind(*args, **kwargs).args
             return func(tensor, self._unless_busy(hook))
-        if func not in _STARTS or self._running or self._busy:
+        if func not in _STARTS or self._running or _working():
             return func(*args, **kwargs)
         if func is torch.Tensor.backward and len(args) == 1 and not self._keep:
             gradient, retain, create, inputs = map(kwargs.get, ("gradient", "retain_graph", "create_graph", "inputs"))
@@ -207,6 +209,15 @@ def _here() -> list[Watch]:
     if not hasattr(_OPEN, "watches"):
         _OPEN.watches = []
     found: list[Watch] = _OPEN.watches
+    return found
+
+
+def _working() -> set[Watch]:
+    """Those, of blocks that are open or not, whose own derivatives are under way in this thread: no backward of the
+    user's, to whatever block sees them."""
+    if not hasattr(_OPEN, "working"):
+        _OPEN.working = set()
+    found: set[Watch] = _OPEN.working
     return found
 
 

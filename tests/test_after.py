@@ -30,6 +30,16 @@ def test_after_sees_the_results_of_every_backward(name: str) -> None:
     assert not torch.equal(seen[0]["0.weight"], seen[1]["0.weight"]), "what it kept is not overwritten"
 
 
+@pytest.mark.parametrize("inner", ["hess_mp", "ggn_mp", "hutchinson"])
+def test_derivatives_of_another_block_are_no_backward(inner: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(5, 4)
+    calls: list[int] = []
+    with hookjac.extend(model, "grad_sample", after=lambda params: calls.append(1)):
+        with hookjac.extend(model, inner):
+            model(x).square().sum().backward()
+    assert len(calls) == 1
+
+
 def test_after_sees_the_parameters_that_were_asked_for() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     seen: list[list[str]] = []

@@ -121,6 +121,26 @@ def test_hooks_of_the_user_are_not_called_again() -> None:
     assert len(calls) == 1
 
 
+def test_products_inside_another_block() -> None:
+    """They are no backward of that block: its results stay, before and after its own."""
+    model, x = MODELS["MLP"].build(), MODELS["MLP"].inputs()
+    with extend(model, "hess_mp", "ggn_mp") as ext:
+        random_loss(model(x)).backward()
+    v = torch.randn(ext.hessian.shape[1], 2)
+    wanted = ext.hessian @ v, ext.ggn @ v
+    calls: list[int] = []
+    with extend(model, "ggn_diag", after=lambda params: calls.append(1)):
+        loss = random_loss(model(x))
+        for k in range(2):
+            close(ext.hessian @ v, wanted[0], "hessian")
+            close(ext.ggn @ v[:, 0], wanted[1][:, 0], "ggn")
+            assert len(calls) == k
+            if k == 0:
+                loss.backward()
+                found = [p.ggn_diag for p in model.parameters()]
+        assert all(p.ggn_diag is t for p, t in zip(model.parameters(), found, strict=True))
+
+
 def test_what_was_not_asked_for() -> None:
     model = mlp()
     with extend(model, "ggn_mp") as ext:

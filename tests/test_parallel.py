@@ -357,6 +357,128 @@ def test_products_of_shards(two: Workers, three: Workers, how: str) -> None:
     three(check_products_of_shards, how)
 
 
+def check_products_at_any_time(rank: int) -> None:
+    """Between another step's forward and its backward, inside its block; after an error in our derivatives on one rank;
+    with no vector on one. FSDP2 is left as it was, and the steps are those of a model that never saw us."""
+    torch.manual_seed(0)
+
+    def build() -> nn.Module:
+        model = Fn(lambda m, x: m.last(torch.tanh(m.first(x)) * m.scale), first=nn.Linear(D, 4), last=nn.Linear(4, C))
+        model.register_parameter("nothing", nn.Parameter(torch.zeros(0, 3)))
+        model.register_buffer("scale", torch.rand(4))
+        return model
+
+    alone: Any = build()
+    model, theirs = (copy.deepcopy(alone) for _ in range(2))
+    for m in (model, theirs):
+        fully_shard(m.last)
+        fully_shard(m)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, theirs)]
+    torch.manual_seed(rank)
+    for _ in range(2):
+        x, y = torch.randn(3, D), torch.randint(C, (3,))
+        other = torch.randn(3, D), torch.randint(C, (3,))
+        for m in (model, theirs, alone):
+            m.zero_grad()
+        with torch.no_grad():
+            for p, q in zip(alone.parameters(), theirs.parameters(), strict=True):
+                p.copy_(q.full_tensor())
+        with extend(alone, "hess_mp", "ggn_mp") as its:
+            F.cross_entropy(alone(x), y).backward()
+        with extend(model, "hess_mp", "ggn_mp") as ext:
+            F.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            model(x)  # the root is whole since
+            theirs(x)
+        v = torch.randn(ext.hessian.shape[1])
+
+        def compare(v: Tensor = v, ext: Any = ext, its: Any = its) -> None:
+            lie = [type(p) for p in model.parameters()]
+            close(ext.hessian @ v, its.hessian @ v, "hessian")
+            close(ext.ggn @ v, its.ggn @ v, "ggn")
+            assert [type(p) for p in model.parameters()] == lie
+
+        compare()
+        with extend(model, "ggn_diag"):
+            loss = F.cross_entropy(model(other[0]), other[1])
+            compare()
+            loss.backward()
+            found = [p.ggn_diag for p in model.parameters()]
+            compare()
+            assert all(p.ggn_diag is q for p, q in zip(model.parameters(), found, strict=True))
+        for a, b in ((x, y), other):
+            F.cross_entropy(theirs(a), b).backward()
+        compare()
+        assert (ext.ggn @ v[:, None][:, : 1 - rank]).shape == (len(v), 1 - rank)  # with the others, who have a vector
+        before = model.scale.clone()
+        model.scale.mul_(1 + rank)  # rank 0: the same
+        for kind in ("ggn", "hessian"):
+            with pytest.raises(HookjacError, match="autograd refuses"):
+                getattr(ext, kind) @ v
+        model.scale.copy_(before)
+        for optimizer in optimizers:
+            optimizer.step()
+        for (name, p), q in zip(model.named_parameters(), theirs.parameters(), strict=True):
+            assert isinstance(p, DTensor)
+            close(p.full_tensor(), q.full_tensor(), name)
+            assert (p.grad is None) == (q.grad is None) == (name == "nothing")
+            if isinstance(p.grad, DTensor):
+                close(p.grad.full_tensor(), q.grad.full_tensor(), name)
+
+
+def test_products_of_shards_at_any_time(two: Workers) -> None:
+    two(check_products_at_any_time)
+
+
+def check_changed_weights(rank: int) -> None:
+    """Changes that cancel in a sum of the weights' bits, and a conversion."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)  # 64 entries
+    fully_shard(model)
+    x = torch.randn(3, 8)
+    with extend(model, "ggn_mp") as ext:
+        model(x).pow(4).sum().backward()
+    v = torch.randn(64)
+    wanted = ext.ggn @ v
+    for factor in (-1.0, 2.0, 0.5):
+        with torch.no_grad():
+            model.weight.mul_(factor)
+        with pytest.raises(HookjacError, match="changed since"):
+            ext.ggn @ v
+        with torch.no_grad():
+            model.weight.div_(factor)
+    close(ext.ggn @ v, wanted, "as it was")
+    model.float()
+    with pytest.raises(HookjacError, match="the model was converted to another type"):
+        ext.ggn @ v
+
+
+def test_changed_weights_in_shards(two: Workers) -> None:
+    two(check_changed_weights)
+
+
+def check_a_smaller_group(rank: int) -> None:
+    """Results of a group are DTensors only where all ranks that share the parameter have the same."""
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    torch.manual_seed(rank)
+    x, y = torch.randn(3, D), torch.randint(C, (3,))
+    plain = blocks()
+    with extend(plain, "ggn_diag"):
+        F.cross_entropy(plain(x), y).backward()
+    for more, group in (({}, alone), ({"mesh": mesh}, mesh.get_group("shards"))):
+        model = fully_shard(blocks(), **more)  # type: ignore[arg-type]
+        with extend(model, "ggn_diag", group=group):
+            F.cross_entropy(model(x), y).backward()
+        for (name, p), r in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert not isinstance(p.ggn_diag, DTensor)  # type: ignore[attr-defined]
+            close(p.ggn_diag, r.ggn_diag, name)  # type: ignore[attr-defined]
+
+
+def test_a_group_smaller_than_the_mesh(two: Workers) -> None:
+    two(check_a_smaller_group)
+
+
 def check_left_whole(rank: int) -> None:
     """Parameters that stay whole after the backward: results are there then, and when they are parted again."""
     model = sharded("nested", blocks())
