@@ -93,11 +93,8 @@ class Curvature:
         """[K, *p] for the ids of some parameters -> the same, of the block that they span."""
         params = {p: self._params[p] for p in vectors}
         vectors = {p: given.real("vectors", v, *meta(params[p])[1:]) for p, v in vectors.items()}
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            self._quiet(),
-        ):  # with no vector, too: ranks may meet here
+        # with no vector, too: ranks may meet here
+        with torch.inference_mode(False), torch.enable_grad(), self._quiet():
             if not next(iter(vectors.values())).shape[0]:
                 return {p: torch.zeros_like(v) for p, v in vectors.items()}
             try:

@@ -125,8 +125,8 @@ class Watch(TorchFunctionMode):
             hooks.update(before)
         for t, grad in self._kept:
             t.grad = grad
-        self._silenced, self._kept, self._busy = [], [], False
         _working().discard(self)
+        self._silenced, self._kept, self._busy = [], [], False
 
     def retained(self) -> bool:
         """Is there a tensor whose `.grad` the user's own backward has to fill?"""
