@@ -44,8 +44,14 @@ WRONG = {
         steps=(("padded table", 0),), asked=(("grad_sq_sum", {}), ("ggn_sqrt", {})), given="ids", d=3, C=1, seed=285
     ),
     "a root of a softmax that is sure, of which rounding lies below zero": Recipe(
-        steps=(("no bias", 0), ("where", 0), ("where", 0), ("where", 0)), asked=(("ggn_sqrt", {}),),
-        loss="cross entropy", given="ids", head="positions", T=2, d=3, C=1,
+        steps=(("no bias", 0), ("where", 0), ("where", 0), ("where", 0)),
+        asked=(("ggn_sqrt", {}),),
+        loss="cross entropy",
+        given="ids",
+        head="positions",
+        T=2,
+        d=3,
+        C=1,
     ),
     "a kernel, of which some parameters' parts are constant, was added up in place under create_graph": Recipe(
         steps=(("tanh", 0),),

@@ -160,7 +160,7 @@ class GhostClipping:
         output: Select = None,
         independent: bool = False,
     ) -> None:
-        if not isinstance(optimizer, DPOptimizerFastGradientClipping):
+        if not (hasattr(optimizer, "max_grad_norm") and hasattr(optimizer, "loss_reduction")):
             raise TypeError(
                 f"GhostClipping expects Opacus' DPOptimizerFastGradientClipping, got {type(optimizer).__name__}: use "
                 "ghost_clipping, which makes both."
