@@ -148,10 +148,10 @@ class Step:
         truth = self.truth(own)
         # how far plain autograd is off in that precision tells how far one may be
         twin = None if own is torch.float64 else self.truth(torch.float64)
-        if twin is not None:  # what cancels leaves the rounding of its terms
-            heads = [twin.loss, twin.output.sum()]
-            size = max(float(grad(t, p).abs().max()) for p in trainable(twin.model).values() for t in heads)
-            self.scale = max(1.0, size, size**2)
+        exact = truth if twin is None else twin
+        heads = [exact.loss, exact.output.sum()]
+        size = max(float(grad(t, p).abs().max()) for p in trainable(exact.model).values() for t in heads)
+        self.scale = max(1.0, size, size**2)  # what cancels leaves the rounding of its terms
         if gradients:
             self.compare_gradients(left, truth, twin)
         torch.manual_seed(self.seed + 1)
@@ -216,6 +216,7 @@ class Step:
         before = 0.0 if floor is None else float(floor.abs().max())
         # a root is taken of what may be rounding, and what norms of two features bend cancels
         bound = 1e-8 * top + (1e-12 if what.startswith(("ggn_sqrt", "hess")) else 1e-13) + 1e-14 * before
+        bound += 4e-16 * self.scale
         if self.r.dtype != "float64":
             eps = torch.finfo(getattr(torch, self.r.dtype)).eps
             exact = torch.cat([t[1].detach().double().reshape(-1) for t in its])
