@@ -305,8 +305,8 @@ def _kfac(truth: Truth, options: dict[str, Any], p: Any, found: Any, S: Sequence
         block = g.T @ g
     else:
         block = torch.stack([truth.gauss_newton(p, k, S) for k in range(P)])
-    if not bool(truth._pulled(p, truth._slopes).any()) and not bool(block.any()):
-        return [(plain.to_dense(), block)]  # the loss does not reach it
+    if not _reached(truth.loss, p):
+        return [(plain.to_dense(), torch.zeros_like(block))]
     sides = _sides(truth, p, S, empirical, sharing)
     if isinstance(plain, hookjac.Kronecker):
         if sides is not None and plain.A is not None and plain._b.shape[0] == 1:
