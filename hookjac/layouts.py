@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
-from hookjac.graph import Edge, meta
+from hookjac.graph import Edge, meta, ordered
 from hookjac.route import Columns, Group, Key, Route, Stop, walk
 from hookjac.rule import Call, node_rule
 from hookjac.samples import Layout, agree, find, random, scaled, scales
@@ -55,7 +55,8 @@ def _unfit(route: Route, edge: Edge, layout: Mapping[Edge, Layout], names: Mappi
     key = route.key(edge)
     call = route.calls.get(key)
     serves = call is not None and any(id(p) in names for p in call.params.values())
-    if edge in layout and (why := _refusal(key, call if serves else None, layout[edge])):
+    why = _refusal(key, call if serves else None, layout[edge]) if edge in layout else None
+    if why and not (call is not None and call.source is not None and _of_parameters(route, call.source)):
         raise HookjacError(
             f"the first axis of the model's output does not count samples: {why}. The output must have the "
             "batch first; add it with unsqueeze(0) for a single sample."
@@ -124,6 +125,14 @@ def _refusal(key: Key, call: Call | None, layout: Layout) -> str | None:
         return why and f"at layer {call.name!r} (input {tuple(call.x.shape)}) {why}"
     rule = node_rule(key)
     return None if rule is None else rule.refuses(key, layout)
+
+
+def _of_parameters(route: Route, edge: Edge) -> bool:
+    """Is this made of parameters alone, as what a layer that generates a weight is given? There samples may lie along
+    features by chance (ReLUs that let each of two samples pass elsewhere); data would enter a layer further down."""
+    below = ordered([route.key(edge)], lambda key: [route.key(e) for e in route.after[key] if e is not None])
+    leaves = [leaf for key in below if (leaf := route.leaf(key)) is not None]
+    return bool(leaves) and all(isinstance(leaf, torch.nn.Parameter) for leaf in leaves)
 
 
 def _consumers(route: Route, keys: Collection[Key]) -> dict[Edge, list[Key]]:

@@ -40,6 +40,9 @@ WRONG = {
         used=("middle",),
         seed=1,
     ),
+    "samples along the features of a weight that is generated, by chance": Recipe(
+        steps=(("linear", 0), ("in-place relu", 0), ("generated weight", 0)), asked=(("grad_sample", {}),), C=1
+    ),
     "a root of nothing but padding": Recipe(
         steps=(("padded table", 0),), asked=(("grad_sq_sum", {}), ("ggn_sqrt", {})), given="ids", d=3, C=1, seed=285
     ),

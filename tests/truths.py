@@ -184,6 +184,8 @@ def pairs(truth: Truth, name: str, options: dict[str, Any], key: str, p: Any, fo
         for k in picks:
             first = grad(truth.loss, p).reshape(-1)[k]
             row = torch.cat([grad(first, q).reshape(-1).detach() for q in trainable(truth.model).values()])
+            if not bool(row.isfinite().all()):  # a norm of zeros: products with the Hessian are not, either
+                continue
             own = truth.row(p, k)[k]
             noise = (row.square().sum() - own.square()).clamp(min=0).sqrt() / math.sqrt(options["samples"])
             made.append(_within(found.reshape(-1)[k], own, 7 * float(noise)))
