@@ -46,10 +46,12 @@ class Curvature:
         plan.demand_graph()
         with second_backward(list(plan.names.values())):
             with torch.enable_grad():
-                if kind == "hessian":
+                if kind == "ggn":
+                    self._prepare(plan, [plan.route.real(e) for e in edges] if plan.N else [])
+                elif plan.N:
                     self._first = gradients([plan.top.loss], list(self._params.values()), [None], create_graph=True)
-                else:
-                    self._prepare(plan, [plan.route.real(e) for e in edges])
+                else:  # of no sample there are penalties only, and not every node can be empty
+                    self._first = [plan.top.direct.get(p, torch.zeros_like(t)) for p, t in plan.params.items()]
 
     def _prepare(self, plan: Plan, outputs: list[Edge]) -> None:
         """The loss's slope in the outputs, and the transposed Jacobian as a function of cotangents."""

@@ -153,7 +153,7 @@ def separable(route: Route, above: Iterable[Key], frontier: Sequence[Edge], N: i
                 if before and found and max(before, found) % min(before, found):
                     return False
                 blocks[edge] = max(before, found)
-    return all(not (b := blocks.get(e, 0)) or (e.shape.numel() // N) % b == 0 for e in frontier)
+    return not N or all(not (b := blocks.get(e, 0)) or (e.shape.numel() // N) % b == 0 for e in frontier)
 
 
 def scales_linearly(route: Route, key: Key) -> bool:

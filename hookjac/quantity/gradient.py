@@ -102,13 +102,15 @@ def GradVar(*, subsample: Samples = None) -> Quantity:
     def measure(got: Received, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         whole = got.sum()
         if got.direct is not None:
-            whole = whole + saved(got.direct.head) * (got.M / got.N)
+            whole = whole + saved(got.direct.head) * got.share
         return whole.to(got.param.dtype), _sq_sum(got, scale)
 
     def variance(whole: Tensor, squares: Tensor, M: int, N: int) -> Tensor:  # squares: times N² / M
         return torch.addcmul(squares, whole, whole, value=-((N / M) ** 2)).clamp_(min=0)
 
     def reduce(got: Received) -> Tensor:
+        if not got.M:
+            return got.zeros() / 0  # of no sample there is none, as PyTorch has it
         return variance(*measure(got, got.N**2 / got.M), got.M, got.N)
 
     adds = Adds(
@@ -137,7 +139,7 @@ def _sq_sum(got: Received, scale: float = 1.0) -> Tensor:
     else:
         weight = torch.full((), scale, dtype=factor.tensors[0].dtype, device=got.param.device)
         out = factor.quad(weight.expand(got.M, 1))
-    if got.direct is not None:
+    if got.direct is not None and got.M:
         share = got.direct.head / got.N
         out = out + scale * (2 * share * got.sum() + got.M * share.square())
     return out.to(got.param.dtype)
