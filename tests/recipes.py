@@ -700,7 +700,11 @@ def recipes(draw: Any, longest: int = 6) -> Recipe:
             st.sampled_from(["backward", "backward", "retain", "autograd.backward", "autograd.grad", "inputs"])
         ),
         later=tuple(
-            draw(st.lists(st.sampled_from(["data", "size", "longer", "eval", "train", "freeze", "thaw"]), max_size=3))
+            draw(
+                st.lists(
+                    st.sampled_from(["data", "size", "longer", "nobody", "eval", "train", "freeze", "thaw"]), max_size=3
+                )
+            )
         ),
         one_block=draw(st.booleans()),
         dtype=dtype,

@@ -266,6 +266,31 @@ def change(r: Recipe, number: int, model: nn.Module) -> None:
             p.requires_grad_(True)
 
 
+def nobody(step: Step, model: nn.Module, block: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+    """A batch of no sample first, where plain autograd has one: it shall go through, or be refused, and change nothing
+    for those that follow."""
+    empty, alone = step.x.detach()[:0], build(step.r)
+    for number in range(step.number):
+        change(step.r, number, alone)
+    try:
+        torch.autograd.grad(
+            data_loss(step.r, step.run(alone, empty), step.seed), list(trainable(alone).values()), allow_unused=True
+        )
+    except (RuntimeError, IndexError, ValueError, ZeroDivisionError):
+        return
+    before = {p: p.grad for p in model.parameters()}
+    try:
+        with block():
+            torch.autograd.backward(data_loss(step.r, step.run(model, empty), step.seed))
+    except HookjacError:
+        pass
+    except ValueError as error:  # a choice of samples, of none
+        if "subsample" not in str(error):
+            raise
+    for p, g in before.items():
+        p.grad = g
+
+
 def refusals(r: Recipe, step: Step) -> dict[int, str]:
     """Which quantities are refused, each by itself, and why."""
     found = {}
@@ -299,6 +324,8 @@ def by_extend(r: Recipe, came: Came) -> None:
                     change(r, step.number - 1, model)
                 if step.number % 2 == 0:
                     model.zero_grad()
+                if step.number and r.later[step.number - 1] == "nobody":
+                    nobody(step, model, (lambda: contextlib.nullcontext()) if one_block else block)
                 with contextlib.nullcontext(ext) if one_block else block() as ext:
                     made.append(step.go(model))
                     str(ext.explain())
