@@ -8,6 +8,7 @@ import io
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import hookjac
-from hookjac import distributed, optim, plot
+from hookjac import distributed, optim, plot, testing
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -39,6 +40,7 @@ def own(module: ModuleType) -> list[str]:
     ("hookjac", hookjac.__all__), ("hookjac.optim", optim.__all__),
     ("hookjac.distributed", own(distributed)),
     ("hookjac.plot", [name for name in own(plot) if name not in ("flat", "signed_map")]),
+    ("hookjac.testing", own(testing)),
 ])  # fmt: skip
 def test_the_reference_leaves_nothing_out(prefix: str, names: list[str]) -> None:
     page = (DOCS / "reference.md").read_text()
@@ -69,10 +71,35 @@ def test_the_tutorial_runs() -> None:
 def test_the_page_for_those_who_come_from_elsewhere_runs() -> None:
     torch.set_default_dtype(torch.float32)
     said, names = io.StringIO(), {"__name__": "page"}
+    page = re.sub(r"^## Opacus\n.*?(?=^## )", "", (DOCS / "coming.md").read_text(), flags=re.S | re.M)
     with contextlib.redirect_stdout(said):
-        for snippet in re.findall(r"```python\n(.*?)```", (DOCS / "coming.md").read_text(), re.S):
+        for snippet in re.findall(r"```python\n(.*?)```", page, re.S):
             exec(snippet, names)
     assert said.getvalue() == "torch.Size([10, 3, 10, 3])\n"
+
+
+def test_its_part_on_opacus_runs() -> None:
+    pytest.importorskip("opacus", reason="Opacus is not installed")
+    page = (DOCS / "coming.md").read_text()
+    (part,) = re.findall(r"^## Opacus\n.*?(?=^## )", page, re.S | re.M)
+    first, *_ = re.findall(r"```python\n(.*?)```", page, re.S)
+    run_with_warnings_off([first, *re.findall(r"```python\n(.*?)```", part, re.S)])
+
+
+def test_the_page_for_those_who_come_from_backpack_runs() -> None:
+    pytest.importorskip("backpack", reason="BackPACK is not installed")
+    run_with_warnings_off(re.findall(r"```python\n(.*?)```", (DOCS / "backpack.md").read_text(), re.S))
+
+
+def run_with_warnings_off(snippets: list[str]) -> None:
+    """Of pages that call another library, whose hooks warn."""
+    assert len(snippets) == 3
+    torch.set_default_dtype(torch.float32)
+    names: dict[str, object] = {"__name__": "page"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for snippet in snippets:
+            exec(snippet, names)
 
 
 @pytest.mark.parametrize("page", ["per_sample", "jacobians", "hessian_diagonal"])
