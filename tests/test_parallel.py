@@ -65,7 +65,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_ddp(rank: int, kind: str, inner: bool, asked: tuple[str, ...], roads: str) -> int:
+WIDE = {2: (24, 16), 3: (20, 13, 7)}  # ranks -> their samples
+RECORDS = {"kfac_exact": KFAC(fisher="exact")}  # by names that travel to the processes
+
+
+def check_ddp(rank: int, kind: str, inner: bool, names: tuple[str, ...], roads: str = "as measured") -> int:
     delivered = []
     deliver, slower = passing.deliver, passing.slower
     passing.deliver = lambda *given: (delivered.append(1), deliver(*given))[1]  # type: ignore[func-returns-value]
@@ -73,13 +77,14 @@ def check_ddp(rank: int, kind: str, inner: bool, asked: tuple[str, ...], roads: 
         known = {"all ours": [], "the first by autograd": [0], "all by autograd": None}[roads]
         passing.slower = lambda *_, **__: known  # type: ignore[assignment]
     try:
-        _steps(rank, kind, inner, asked, delivered)
+        _steps(rank, kind, inner, tuple(RECORDS.get(q, q) for q in names), delivered)
     finally:
         passing.deliver, passing.slower = deliver, slower
     return len(delivered)
 
 
-def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered: list[int]) -> None:
+def _steps(rank: int, kind: str, inner: bool, asked: tuple[str | Quantity, ...], delivered: list[int]) -> None:
+    sizes = WIDE[dist.get_world_size()]
     unused = kind == "unused"
     ours, theirs = (DistributedDataParallel(Wide(unused=unused), **KINDS[kind]) for _ in range(2))
     alone = Wide(unused=unused)
@@ -87,7 +92,7 @@ def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered:
     torch.manual_seed(7)
     for step in range(4):
         x, y = torch.randn(40, 64), torch.randint(5, (40,))
-        a, b = batch(rank, x, y, (24, 16))
+        a, b = batch(rank, x, y, sizes)
         alone.load_state_dict(ours.module.state_dict())
         for optimizer in steps:
             optimizer.zero_grad()
@@ -111,11 +116,11 @@ def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered:
             assert (p.grad is None) == (q.grad is None)
             if p.grad is not None and q.grad is not None:
                 close(p.grad, q.grad, (step, name))
-            for quantity in asked:
+            for quantity in named(asked):
                 if quantity not in SINGLE:
                     same(getattr(p, quantity), getattr(r, quantity), (step, name, quantity))
             if "grad_sample" in asked:  # of the rank's own mean
-                mine = r.grad_sample.split([24, 16])[rank] * 40 / len(a)  # type: ignore[attr-defined]
+                mine = r.grad_sample.split(list(sizes))[rank] * 40 / len(a)  # type: ignore[attr-defined]
                 close(p.grad_sample, mine, (step, name))  # type: ignore[attr-defined]
         for optimizer in steps:
             optimizer.step()
@@ -123,22 +128,19 @@ def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered:
 
 @pytest.mark.parametrize("inner", [False, True], ids=["the model", "its module"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ddp(two: Workers, kind: str, inner: bool) -> None:
+def test_ddp(two: Workers, three: Workers, kind: str, inner: bool) -> None:
     for asked in (("grad_sample", "grad_var"), ("grad_sample", "ggn_diag"), ("hess_diag", "kfac_exact")):
-        counts = two(check_ddp_named, kind, inner, asked)
-        assert counts[0] == counts[1]
-
-
-def check_ddp_named(rank: int, kind: str, inner: bool, asked: tuple[str, ...]) -> int:
-    return check_ddp(rank, kind, inner, tuple(q for q in asked if q != "kfac_exact"), "as measured")
+        for workers in (two, three):
+            assert len(set(workers(check_ddp, kind, inner, asked))) == 1
 
 
 @pytest.mark.parametrize("roads", ["all ours", "the first by autograd", "all by autograd"])
 @pytest.mark.parametrize("kind", ["plain", "static graph", "bucket view"])
-def test_ddp_whoever_computes_the_gradients(two: Workers, kind: str, roads: str) -> None:
-    counts = two(check_ddp, kind, False, ("grad_sample", "ggn_diag"), roads)
+def test_ddp_whoever_computes_the_gradients(two: Workers, three: Workers, kind: str, roads: str) -> None:
     # static graphs wait for gradients at the end of the first backward, and there is a node that tells
-    assert counts[0] == counts[1] == (0 if roads == "all by autograd" else 4 if kind == "static graph" else 5)
+    wanted = 0 if roads == "all by autograd" else 4 if kind == "static graph" else 5
+    for workers in (two, three):
+        assert set(workers(check_ddp, kind, False, ("grad_sample", "ggn_diag"), roads)) == {wanted}
 
 
 def check_products(rank: int, kind: str) -> None:
