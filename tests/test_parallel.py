@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from cases import C, D, Fn
-from oracle import close, trainable
+from oracle import close, grad, trainable
 from test_quantities import MODELS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,8 +22,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from workers import Workers, raised, same
 
-from hookjac import KFAC, HessDiag, HookjacError, Hutchinson, Quantity, extend, optim, passing
+from hookjac import (
+    KFAC,
+    GGNDiagMC,
+    HessDiag,
+    HookjacError,
+    Hutchinson,
+    JacTensor,
+    Kronecker,
+    Quantity,
+    extend,
+    optim,
+    passing,
+)
 from hookjac.quantity import names as all_names
+from hookjac.quantity import parse
 from hookjac.sharded import demand_plain
 from hookjac.talkers import NODES
 
@@ -65,7 +78,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_ddp(rank: int, kind: str, inner: bool, asked: tuple[str, ...], roads: str) -> int:
+WIDE = {2: (24, 16), 3: (20, 13, 7)}  # ranks -> their samples
+RECORDS = {"kfac_exact": KFAC(fisher="exact")}  # by names that travel to the processes
+
+
+def check_ddp(rank: int, kind: str, inner: bool, names: tuple[str, ...], roads: str = "as measured") -> int:
     delivered = []
     deliver, slower = passing.deliver, passing.slower
     passing.deliver = lambda *given: (delivered.append(1), deliver(*given))[1]  # type: ignore[func-returns-value]
@@ -73,13 +90,14 @@ def check_ddp(rank: int, kind: str, inner: bool, asked: tuple[str, ...], roads: 
         known = {"all ours": [], "the first by autograd": [0], "all by autograd": None}[roads]
         passing.slower = lambda *_, **__: known  # type: ignore[assignment]
     try:
-        _steps(rank, kind, inner, asked, delivered)
+        _steps(rank, kind, inner, tuple(RECORDS.get(q, q) for q in names), delivered)
     finally:
         passing.deliver, passing.slower = deliver, slower
     return len(delivered)
 
 
-def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered: list[int]) -> None:
+def _steps(rank: int, kind: str, inner: bool, asked: tuple[str | Quantity, ...], delivered: list[int]) -> None:
+    sizes = WIDE[dist.get_world_size()]
     unused = kind == "unused"
     ours, theirs = (DistributedDataParallel(Wide(unused=unused), **KINDS[kind]) for _ in range(2))
     alone = Wide(unused=unused)
@@ -87,7 +105,7 @@ def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered:
     torch.manual_seed(7)
     for step in range(4):
         x, y = torch.randn(40, 64), torch.randint(5, (40,))
-        a, b = batch(rank, x, y, (24, 16))
+        a, b = batch(rank, x, y, sizes)
         alone.load_state_dict(ours.module.state_dict())
         for optimizer in steps:
             optimizer.zero_grad()
@@ -111,11 +129,11 @@ def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered:
             assert (p.grad is None) == (q.grad is None)
             if p.grad is not None and q.grad is not None:
                 close(p.grad, q.grad, (step, name))
-            for quantity in asked:
+            for quantity in named(asked):
                 if quantity not in SINGLE:
                     same(getattr(p, quantity), getattr(r, quantity), (step, name, quantity))
             if "grad_sample" in asked:  # of the rank's own mean
-                mine = r.grad_sample.split([24, 16])[rank] * 40 / len(a)  # type: ignore[attr-defined]
+                mine = r.grad_sample.split(list(sizes))[rank] * 40 / len(a)  # type: ignore[attr-defined]
                 close(p.grad_sample, mine, (step, name))  # type: ignore[attr-defined]
         for optimizer in steps:
             optimizer.step()
@@ -123,22 +141,19 @@ def _steps(rank: int, kind: str, inner: bool, asked: tuple[str, ...], delivered:
 
 @pytest.mark.parametrize("inner", [False, True], ids=["the model", "its module"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ddp(two: Workers, kind: str, inner: bool) -> None:
+def test_ddp(two: Workers, three: Workers, kind: str, inner: bool) -> None:
     for asked in (("grad_sample", "grad_var"), ("grad_sample", "ggn_diag"), ("hess_diag", "kfac_exact")):
-        counts = two(check_ddp_named, kind, inner, asked)
-        assert counts[0] == counts[1]
-
-
-def check_ddp_named(rank: int, kind: str, inner: bool, asked: tuple[str, ...]) -> int:
-    return check_ddp(rank, kind, inner, tuple(q for q in asked if q != "kfac_exact"), "as measured")
+        for workers in (two, three):
+            assert len(set(workers(check_ddp, kind, inner, asked))) == 1
 
 
 @pytest.mark.parametrize("roads", ["all ours", "the first by autograd", "all by autograd"])
 @pytest.mark.parametrize("kind", ["plain", "static graph", "bucket view"])
-def test_ddp_whoever_computes_the_gradients(two: Workers, kind: str, roads: str) -> None:
-    counts = two(check_ddp, kind, False, ("grad_sample", "ggn_diag"), roads)
+def test_ddp_whoever_computes_the_gradients(two: Workers, three: Workers, kind: str, roads: str) -> None:
     # static graphs wait for gradients at the end of the first backward, and there is a node that tells
-    assert counts[0] == counts[1] == (0 if roads == "all by autograd" else 4 if kind == "static graph" else 5)
+    wanted = 0 if roads == "all by autograd" else 4 if kind == "static graph" else 5
+    for workers in (two, three):
+        assert set(workers(check_ddp, kind, False, ("grad_sample", "ggn_diag"), roads)) == {wanted}
 
 
 def check_products(rank: int, kind: str) -> None:
@@ -833,6 +848,142 @@ def check_every_quantity(rank: int, wrapper: str) -> None:
 def test_every_quantity(two: Workers, three: Workers, wrapper: str) -> None:
     two(check_every_quantity, wrapper)
     three(check_every_quantity, wrapper)
+
+
+# Every quantity over a group ---------------------------------------------------------------------------------------
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross entropy": F.cross_entropy, "mse": F.mse_loss}
+DRAWS = 2
+
+
+def every_record(seed: int) -> list[Quantity]:
+    """All that a group serves; what is random draws from that seed."""
+
+    def draw() -> dict[str, Any]:
+        return {"samples": DRAWS, "generator": torch.Generator().manual_seed(seed)}
+
+    drawn = {"ggn_diag_mc": GGNDiagMC(**draw()), "hutchinson": Hutchinson(**draw()), "kfac": KFAC(**draw())}
+    served = [q.name for q in parse(all_names()) if q.adds is not None or q.single]
+    return [*parse([drawn.get(q, q) for q in served]), KFAC(fisher="exact"), KFAC(fisher="empirical")]
+
+
+def random_columns(loss: str, output: Tensor, generator: torch.Generator) -> Tensor:  # [V, N, C]
+    """H_n^(1/2) e of a mean, where H_n is diag p - p pᵀ, or 2 / C."""
+    signs = torch.randint(0, 2, (DRAWS, *output.shape), generator=generator).to(output) * 2 - 1
+    if loss == "mse":
+        return signs * (2 / output.numel()) ** 0.5
+    p = output.detach().softmax(1)
+    e = signs * p.sqrt()
+    return (e - p * e.sum(2, keepdim=True)) / len(output) ** 0.5
+
+
+def drawn_by_loops(loss: str, parts: list[tuple[Tensor, Tensor]], seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """parameter -> quantity -> what the ranks' draws give, each for its part of the batch, by plain autograd."""
+    model = blocks()
+    N = sum(len(a) for a, _ in parts)
+    params = trainable(model)
+    found: dict[str, dict[str, Any]] = {
+        name: {"hutchinson": torch.zeros_like(p), "ggn_diag_mc": torch.zeros_like(p)} for name, p in params.items()
+    }
+    A, B = ({name: torch.zeros(()) for name in params} for _ in range(2))
+    inputs: dict[str, Tensor] = {}
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            m.register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0].detach()}))  # type: ignore
+    for (a, b), seed in zip(parts, seeds, strict=True):
+        if not len(a):
+            continue
+        share = len(a) / N
+        output = model(a)
+        generator = torch.Generator().manual_seed(seed)
+        signs = {
+            k: torch.randint(0, 2, (DRAWS, *p.shape), generator=generator).to(p) * 2 - 1 for k, p in params.items()
+        }
+        slopes = {k: grad(LOSSES[loss](output, b), p) for k, p in params.items()}
+        for v in range(DRAWS):
+            slope = sum((slopes[k] * signs[k][v]).sum() for k in params)
+            for k, p in params.items():
+                found[k]["hutchinson"] += share / DRAWS * signs[k][v] * grad(slope, p).detach()  # type: ignore[arg-type]
+        columns = random_columns(loss, output, torch.Generator().manual_seed(seed))
+        each: dict[str, Tensor] = {}  # [V, n, *p]
+        for k, p in params.items():
+            rows = [grad(output[n], p, columns[v, n]).detach() for v in range(DRAWS) for n in range(len(a))]
+            each[k] = torch.stack(rows).reshape(DRAWS, len(a), *p.shape)
+        for k, p in params.items():
+            found[k]["ggn_diag_mc"] += share / DRAWS * each[k].square().sum((0, 1))
+            layer = k.removesuffix(".weight")
+            g = each[f"{layer}.bias" if layer in inputs else k].reshape(-1, p.shape[0])
+            B[k] = B[k] + share / DRAWS * g.T @ g
+            if layer in inputs:
+                A[k] = A[k] + inputs[layer].T @ inputs[layer] / N
+    for k in params:
+        found[k]["kfac"] = (A[k], B[k]) if A[k].dim() else (None, B[k])
+    return found
+
+
+def whole(t: Any) -> Tensor:
+    t = t.to_dense() if isinstance(t, JacTensor) else t
+    return t.full_tensor() if isinstance(t, DTensor) else t  # type: ignore[no-any-return]
+
+
+def bits(t: Any) -> bytes:
+    if isinstance(t, Kronecker):
+        return (b"" if t.A is None else bits(t.A)) + bits(t.B)
+    return whole(t).detach().numpy().tobytes()
+
+
+def check_over_a_group(rank: int, wrapper: str, loss: str, sizes: tuple[int, ...]) -> dict[Any, bytes]:
+    """Returns what must have the same bits on all ranks."""
+    N, seeds = sum(sizes), [7 + r for r in range(len(sizes))]
+    torch.manual_seed(3)
+    x = torch.randn(N, D)
+    y = torch.randn(N, C) if loss == "mse" else torch.randint(C, (N,))
+    parts = [batch(r, x, y, sizes) for r in range(len(sizes))]
+    by_loops = drawn_by_loops(loss, parts, seeds)
+    alone, mine = blocks(), blocks()
+    model = sharded("nested", blocks()) if wrapper == "FSDP2" else DistributedDataParallel(blocks())
+    a, b = parts[rank]
+    results: dict[Any, bytes] = {}
+    for q in every_record(seeds[rank]):
+        more = () if q.adds is not None else ("ggn_diag",)  # a group wants something that adds up
+        with extend(model, q, *more, group="world"):
+            LOSSES[loss](model(a), b).backward()
+        with extend(alone, q):
+            LOSSES[loss](alone(x), y).backward()
+        if q.single:
+            with extend(mine, q):
+                LOSSES[loss](mine(a), b).backward()
+        for (name, r), p, m in zip(alone.named_parameters(), trainable(model).values(), mine.parameters(), strict=True):
+            found, wanted, what = getattr(p, q.name), getattr(r, q.name), (q, name)
+            if q.single:  # of the rank's own loss, whole and plain
+                assert not isinstance(found, DTensor), what
+                assert (0 in found.shape) == (not len(a)), what
+                close(whole(found), whole(getattr(m, q.name)), what)
+                continue
+            results[q.name, str(q.adds and q.adds.label), name] = bits(found)
+            if isinstance(found, DTensor):
+                assert isinstance(p, DTensor)
+                assert found.placements == p.placements, what
+            # of the parameter's own shape, so that it can lie as the parameter does
+            assert isinstance(found, DTensor) == (wrapper == "FSDP2" and not q.name.endswith(("_block", "kfac"))), what
+            if getattr(q.wish, "generator", None) is None:
+                same(found if isinstance(found, Kronecker) else whole(found), wanted, what)
+            elif q.name == "kfac":
+                A, B = by_loops[name]["kfac"]
+                same(found, Kronecker(A, B, wanted.shape, wanted.swapped, wanted.rows), what)
+            else:
+                close(whole(found), by_loops[name][q.name], what)
+    return results
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FSDP2"])
+def test_every_quantity_over_a_group(two: Workers, three: Workers, wrapper: str, loss: str) -> None:
+    """Uneven shares, and a rank that has none, against one process with all samples."""
+    for workers, sizes in ((two, (9, 2)), (three, (7, 0, 4))):
+        first, *others = workers(check_over_a_group, wrapper, loss, sizes)
+        assert first
+        assert all(its == first for its in others), sizes
 
 
 def check_refused_steps(rank: int) -> None:
