@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,10 @@ import torch.nn.functional as F
 from cases import C, D, Fn, N
 from oracle import close, grad
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hookjac
+from benchmarks.peak import Peak
 from hookjac import HookjacError, apart, optim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -373,6 +376,110 @@ def test_what_one_sample_can_do_is_bounded(passes: int) -> None:
                         passes, clip=0.5)  # type: ignore[misc] # fmt: skip
         moved.append(float((whole - left).norm()))
     assert max(moved) == pytest.approx(0.5)
+
+
+def breast_cancer() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_breast_cancer
+
+    table = load_breast_cancer()
+    x = torch.as_tensor(table.data)
+    return (x - x.mean(0)) / x.std(0), torch.as_tensor(table.target)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_private_on_real_data(noise: float) -> None:
+    """Breast cancer in Poisson batches, next to a plain loop over samples: the same losses, and they fall."""
+    x, y = breast_cancer()
+    model = nn.Sequential(nn.Linear(30, 8), nn.Tanh(), nn.Linear(8, 2))
+    twin = copy.deepcopy(model)
+    drawn, first, second = (torch.Generator().manual_seed(seed) for seed in (1, 2, 2))
+    optimizer = optim.DPSGD(model, batch_size=32, lr=1.0, clip=0.5, noise=noise, generator=first)
+    params, losses, clipped, met = list(twin.parameters()), [], 0, 0
+    for k in range(60):
+        rows = (torch.rand(len(x), generator=drawn) < 32 / len(x)).nonzero().squeeze(1)
+        total = [torch.zeros_like(p) for p in params]
+        for n in rows:
+            g = torch.autograd.grad(F.cross_entropy(twin(x[n : n + 1]), y[n : n + 1]), params)
+            norm = math.sqrt(sum(float(t.square().sum()) for t in g))
+            total = [s + min(1.0, 0.5 / norm) * t for s, t in zip(total, g, strict=True)]
+            clipped, met = clipped + (norm > 0.5), met + 1
+        wanted = F.cross_entropy(twin(x[rows]), y[rows])
+        with torch.no_grad():
+            for p, s in zip(params, total, strict=True):
+                z = torch.randn(p.shape, generator=second) if noise else torch.zeros_like(p)
+                p -= 1.0 * (s + noise * 0.5 * z) / 32
+
+        def closure(rows: Tensor = rows) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+        assert loss is not None
+        close(loss, wanted.detach(), (k, noise), 1e-8)
+        losses.append(float(loss))
+    assert losses[0] > 0.5
+    assert sum(losses[-10:]) / 10 < 0.15
+    assert 0.1 * met < clipped < 0.9 * met, "the bound is in force for some samples, and not for others"
+
+
+class Largest(TorchDispatchMode):
+    """How many entries the largest tensor had that was made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and t.is_floating_point():
+                self.entries = max(self.entries, t.numel())
+        return out
+
+
+MEAN = Fn(lambda m, h: h.mean(1))  # [N, T, C] -> [N, C]
+WIDE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "rows": (lambda: nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, C)),
+             lambda: torch.randn(24, 5)),
+    "sequences": (lambda: nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 40), nn.Linear(40, C), MEAN),
+                  lambda: torch.randn(24, 6, 5)),
+    "convolution": (lambda: nn.Sequential(nn.Conv1d(2, 20, 3), nn.Tanh(), nn.Conv1d(20, 40, 3), nn.Flatten(),
+                                          nn.Linear(160, C)), lambda: torch.randn(24, 2, 8)),
+    "table": (lambda: nn.Sequential(nn.Embedding(50, 40), nn.Tanh(), nn.Linear(40, C), MEAN),
+              lambda: torch.randint(50, (24, 4))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_private_builds_no_per_sample_gradient(name: str) -> None:
+    """With a closure the largest tensor of a step is of a parameter or an activation; a block makes one [N, *p]."""
+    make, data = WIDE[name]
+    model, x = make(), data()
+    y, most = torch.randint(C, (24,)), max(p.numel() for p in model.parameters())
+    optimizer = optim.DPSGD(model, batch_size=24)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    def blocked() -> None:
+        with optimizer.block():
+            closure()
+        optimizer.step()
+
+    found: list[tuple[int, int]] = []
+    for step in (lambda: optimizer.step(closure), blocked):
+        with Largest() as seen:
+            step()
+        with Peak() as peak:
+            step()
+        found.append((seen.entries, peak.bytes))
+    (ghost, ghost_bytes), (whole, whole_bytes) = found
+    assert whole == 24 * most
+    assert ghost < whole / 4
+    assert ghost_bytes < 8 * 24 * most < whole_bytes, "all that is alive at once, against one such gradient"
 
 
 class Counting(nn.Linear):
@@ -996,12 +1103,37 @@ def test_adams_step_for_what_has_no_factors() -> None:
         close(table.detach(), copied.detach(), "table")
 
 
+PAGE = (ROOT / "docs" / "optimizers.md").read_text()
+
+
 def test_the_page_runs() -> None:
     torch.set_default_dtype(torch.float32)
     said, names = io.StringIO(), {"__name__": "page"}
     with contextlib.redirect_stdout(said):
-        for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "optimizers.md").read_text(), re.S):
+        for snippet in re.findall(r"```python\n(.*?)```", PAGE, re.S):
             exec(snippet, names)
-    losses = dict(line.split() for line in said.getvalue().splitlines())
+    lines = [line.split() for line in said.getvalue().splitlines()]
+    losses = dict(line for line in lines if len(line) == 2)
     assert set(losses) == {"KFAC", "DiagonalNewton", "Cautious"}
     assert float(losses["KFAC"]) < 0.6
+    (shown,) = re.findall(r"```text\n(.*?)```", PAGE, re.S)
+    rows, told = lines[-5:], [line.split() for line in shown.splitlines()[1:]]
+    assert [row[:-6] for row in rows] == [row[:-6] for row in told]
+    for row, page in zip(rows, told, strict=True):
+        for k in range(-6, 0):  # three losses, and what is right of 143: another machine rounds otherwise
+            assert abs(float(row[k]) - float(page[k])) < (0.01 if k < -3 else 2.5 / 143), (row, page)
+
+
+def test_what_the_page_says_of_privacy() -> None:
+    pytest.importorskip("opacus")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from opacus.accountants import RDPAccountant
+    told = re.findall(r"noise (\d) spends ε = ([\d.]+)", PAGE)
+    assert len(told) == 3
+    for noise, epsilon in told:
+        accountant = RDPAccountant()
+        accountant.history = [(float(noise), 64 / 426, 100)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert f"{accountant.get_epsilon(delta=1e-3):.1f}" == epsilon
