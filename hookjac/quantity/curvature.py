@@ -101,7 +101,7 @@ def GGNSqrt(
     structured: instead a `JacTensor` [N, V, *p], samples first as in `jac`, kept as its factors, so that none of that
     size is written. `hookjac.Jacobian({name: p.ggn_sqrt, ...})` is the root of the whole matrix as an operator W
     [N V, P]: the Gauss-Newton matrix is W.T @ W, and W.gram() has its eigenvalues. A parameter that the loss does not
-    reach has V = 0 columns.
+    reach has V = 0 columns; so have all, dense or not, of a batch without samples.
     """
     given.generator(generator)
     given.flag(structured=structured)
