@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hookjac.errors import HookjacError
+from hookjac.factor.metric import eigen
 from hookjac.graph import Bend, Edge, children, gradients, meta, ordered, pull, signed
 from hookjac.loss import hessian, leading_to
 from hookjac.places import placing
@@ -316,12 +317,12 @@ class Head:
     def _draw_apart(self, wish: Sampled) -> tuple[list[Tensor], Tensor]:
         """From the eigenvectors of each sample's own."""
         H, N = self.full(), self.N
-        values, vectors = torch.linalg.eigh(H)
+        values, vectors = eigen(H)
         signs = _signs((wish.samples, *values.shape), H, wish)
         size = values.abs().sqrt()
         u = torch.einsum("ncd,knd->knc", vectors * size.unsqueeze(1), signs)
         rounding = H.shape[1] * torch.finfo(H.dtype).eps * values.abs().amax(1, keepdim=True) if H.numel() else values
-        paired = not bool((values >= -rounding).all())
+        paired = bool((values < -rounding).any())
         if paired:
             w = torch.einsum("ncd,knd->knc", vectors * (size * values.sign()).unsqueeze(1), signs)
             u = torch.cat([u, w])

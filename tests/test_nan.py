@@ -184,6 +184,29 @@ def test_other_samples_are_unharmed(name: str, place: str, value: float, q: str)
             close(its[q][others], before[key][q][others], key)
 
 
+@pytest.mark.parametrize("asked", [("ggn_sqrt",), ("ggn_diag_mc",), ("ggn_sqrt", "jac")])
+def test_a_hessian_that_is_not_a_number_is_its_samples_own(asked: tuple[str, ...]) -> None:
+    """Its eigenvectors are asked for, sample by sample."""
+    model, x = nn.Linear(D, C), torch.randn(N, D)
+
+    def loss(out: Tensor, which: list[int]) -> Tensor:
+        return ((out - 1).square().sum(1) + 1).sqrt()[which].sum()  # a root of a sum: no closed form
+
+    odd = x.clone()
+    odd[ODD, 0] = math.nan
+    for given in (x, odd, x):
+        with extend(model, *asked, "ggn_diag_sample"):
+            loss(model(given), ALL).backward()
+        p = model.weight
+        if "ggn_sqrt" in asked:
+            each = p.ggn_sqrt.square().sum(0)  # type: ignore[attr-defined]
+            bad = each.isnan().flatten(1).any(1)
+            assert bad.tolist() == [given is odd and n == ODD for n in ALL]
+            close(each[~bad], p.ggn_diag_sample[~bad], "the others")  # type: ignore[attr-defined]
+        else:
+            assert bool(p.ggn_diag_mc.isfinite().all()) == (given is x)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("q", ["kfac", "ggn_diag_mc", "hutchinson", "hesscale", "grad_sample_projected"])
 def test_what_is_estimated_is_not_finite_either(q: str) -> None:
     """And a clean step after it is finite."""

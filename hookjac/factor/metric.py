@@ -123,6 +123,14 @@ def root(t: Tensor) -> Tensor:
     return torch.where(t > 0, t, 1).sqrt() * (t > 0)
 
 
+def eigen(metric: Tensor) -> tuple[Tensor, Tensor]:  # [N, V, V] -> [N, V], [N, V, V]
+    """Eigenvalues and eigenvectors of each sample's. Where entries are not finite, they are not numbers: to LAPACK one
+    such sample would be an error for all."""
+    fine = metric.isfinite().all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(fine[:, None, None], metric, 0))
+    return torch.where(fine[:, None], values, torch.nan), torch.where(fine[:, None, None], vectors, torch.nan)
+
+
 def weighed(A: Tensor, metric: Tensor | None) -> Tensor:  # A [V, N, ...] -> [V, N, ...]
     """M A for each sample; A itself without a metric."""
     if metric is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hookjac import given
 from hookjac.errors import HookjacError
+from hookjac.factor.metric import eigen
 from hookjac.quantity.gradient import Samples
 from hookjac.quantity.record import GGN, Adds, Hessian, Quantity, Received, Road, Sampled, Wish, chosen
 from hookjac.structured import JacTensor, zero
@@ -125,7 +126,7 @@ def GGNSqrt(
 
 def _root(metric: Tensor, noise: Callable[[], float]) -> Tensor:  # [N, V] or [N, V, V]
     """R of the same shape with M = Rᵀ R."""
-    values, vectors = (metric, None) if metric.dim() == 2 else torch.linalg.eigh(metric)
+    values, vectors = (metric, None) if metric.dim() == 2 else eigen(metric)
     low = values.amin(1) + 1e3 * torch.finfo(values.dtype).eps * values.abs().amax(1) if metric.numel() else values
     if bool((low < 0).any()) and bool((low < -noise()).any()):
         raise HookjacError(
