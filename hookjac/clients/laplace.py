@@ -290,7 +290,7 @@ def functional_variance(la: ParametricLaplace, x: Inputs) -> tuple[Tensor, Tenso
     """
     if not isinstance(la, (DiagLaplace, KronLaplace, FullLaplace)):
         raise TypeError(f"functional_variance takes a Laplace of structure diag, kron or full, got {type(la).__name__}")
-    if la.H is None:
+    if la.H is None or (isinstance(la, KronLaplace) and not isinstance(la.H, KronDecomposed)):
         raise HookjacError(f"this {type(la).__name__} is not fitted: call la.fit(train_loader) first")
     kind = "regression" if la.likelihood == "regression" else "classification"
     subnet = la.backend.subnetwork_indices if isinstance(la, SubnetLaplace) else None

@@ -247,8 +247,8 @@ def ghost_clipping(
         raise TypeError(f"criterion must be a loss module with a `reduction`, got {given.said(criterion)}")
     if wanted != optimizer.loss_reduction:
         raise HookjacError(
-            f"the criterion's reduction is {wanted!r}, but make_private was told {optimizer.loss_reduction!r}; they must "
-            "agree: give make_private(loss_reduction=...) that of the criterion."
+            f"the criterion's reduction is {wanted!r}, but make_private was told {optimizer.loss_reduction!r}; they "
+            "must agree: give make_private(loss_reduction=...) that of the criterion."
         )
     fast = DPOptimizerFastGradientClipping(
         optimizer.original_optimizer,
