@@ -231,6 +231,11 @@ def check_rule(
             if any(p.requires_grad for p in one.parameters()):
                 rows += _check(one, args, loss, hessian, rtol)
                 used |= {found.name for m in one.modules() if (found := lookup(m)) is not None}
+    if not rows:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter that requires a gradient, and no floating-point input [N, ...] "
+            "was given: there is nothing to compare"
+        )
     report = Report(rows)
     if not report.fine:
         raise AssertionError(f"{type(module).__name__} disagrees with plain autograd loops\n{report}")

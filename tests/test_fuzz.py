@@ -452,6 +452,32 @@ def test_losses_that_are_none(value: Any, folder: Path) -> None:
     assert attributes(model) == before
 
 
+def test_outputs_that_are_none() -> None:
+    def output(v: Any) -> bool:
+        return isinstance(v, Tensor) and v.is_floating_point() and not v.is_meta and v.dim() > 0 and v.numel() > 0
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return value
+
+    layer, x = Layer(2, 2), torch.randn(3, 2)
+    for value in [v for v in JUNK if not output(v)]:
+        with pytest.raises((TypeError, ValueError), match="run must return the output") as first:
+            testing.loops(layer, lambda: layer(x), lambda out: out.sum())
+        with pytest.raises((TypeError, ValueError), match="the module Layer must return the output") as second:
+            testing.check_rule(layer, x)
+        assert all(told(found.value, 0, value) for found in (first, second))
+
+
+def test_a_check_of_nothing() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.double()
+
+    with pytest.raises(ValueError, match=r"Doubled has no parameter that requires a gradient, .* nothing to compare"):
+        testing.check_rule(Doubled(), torch.zeros(2, 3, dtype=torch.int64))
+
+
 # Valid ones, in random combinations -----------------------------------------------------------------------------------
 
 
