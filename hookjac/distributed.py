@@ -26,6 +26,12 @@ def shares(sizes: Sequence[torch.Size], ranks: int) -> list[int]:
 
     Cost: b n³. The same on every rank, whatever the values are.
     """
+    given.sequence("sizes", sizes, "shapes")
+    for size in sizes:
+        if not isinstance(size, torch.Size) or not _square(size):
+            raise ValueError(
+                f"sizes must hold a torch.Size [n, n] or [b, n, n], or [n] of a diagonal; got {size!r:.80}"
+            )
     given.counts(1, ranks=ranks)
     cost = [float(size.numel()) * (size[-1] if len(size) > 1 else 1) for size in sizes]
     load, owner = [0.0] * ranks, [0] * len(sizes)
@@ -75,11 +81,17 @@ def _shared(
 ) -> list[list[Tensor]]:
     """`work` of each matrix, done on one rank. What goes wrong on one rank is raised on all."""
     mine = group.rank()
-    forms = gathered(turn("shared work", group), [_form(t) for t in matrices], group)
+    # junk takes part in the exchange: raised on one rank alone, it would leave the others waiting
+    forms = gathered(turn("shared work", group), _forms(matrices), group)
     demand_equal("the matrices", forms)
+    if isinstance(forms[0], str):
+        raise TypeError(f"matrices must be a list or a tuple of tensors, got {forms[0]}")
     for form in forms[0]:
         if isinstance(form, str):
-            raise ValueError(f"expected square matrices [n, n] or [b, n, n], or diagonals [n]; got {form}")
+            raise ValueError(
+                f"expected square matrices [n, n] or [b, n, n], or diagonals [n], of real floating-point numbers; got "
+                f"{form}"
+            )
     owner = shares([t.shape for t in matrices], group.size())
     done: dict[int, list[Tensor]] = {}
     wrong: dict[int, str] = {}
@@ -108,9 +120,20 @@ def _shared(
     return found
 
 
+def _forms(matrices: Any) -> list[tuple[Any, ...] | str] | str:
+    return [_form(t) for t in matrices] if isinstance(matrices, (list, tuple)) else given.said(matrices)
+
+
 def _form(t: Any) -> tuple[Any, ...] | str:
     if not isinstance(t, Tensor):
         return f"a {type(t).__name__}"
-    if t.dim() not in (1, 2, 3) or (t.dim() > 1 and t.shape[-1] != t.shape[-2]):
+    if not _square(t.shape):
         return f"a tensor {list(t.shape)}"
+    if not t.is_floating_point() or t.is_meta or t.layout != torch.strided:
+        return f"{given.said(t)}{'' if t.layout == torch.strided else f', {t.layout}'}"
     return (*t.shape, t.dtype)
+
+
+def _square(shape: torch.Size) -> bool:
+    """[n], [n, n] or [b, n, n]."""
+    return len(shape) == 1 or (len(shape) in (2, 3) and shape[-1] == shape[-2])

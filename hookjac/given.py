@@ -121,6 +121,12 @@ def vectors(value: Any, size: int) -> Tensor:
     return (value.unsqueeze(1) if value.dim() == 1 else value).T
 
 
+def sequence(name: str, value: Any, what: str) -> None:
+    """A list or a tuple: a tensor would be taken row by row, a text letter by letter."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list or a tuple of {what}, got {said(value)}")
+
+
 def mapping(name: str, value: Any, kind: type) -> None:
     """Of names to things of that kind; not empty."""
     if not isinstance(value, Mapping):

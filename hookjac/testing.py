@@ -85,12 +85,19 @@ def loops(
     hessian: False where PyTorch has no second derivative. Cost: a backward for each output entry and, for the Hessian,
     for each parameter entry.
     """
+    given.model("loops", model)
+    given.function(run=run, loss_of=loss_of)
+    given.function(optional=True, penalty=penalty)
+    given.flag(hessian=hessian)
     with twice_differentiable():
         output = run()
+    _demand_output("run", output)
     N, rest = output.shape[0], output.shape[1:]
     free = output.detach().requires_grad_()
     value = loss_of(free)
     given.loss("the loss function", value)
+    if penalty is not None:
+        given.loss("penalty", penalty())
     slope = grad(value, free)  # dL/d output
     H = torch.stack(
         [torch.stack([grad(s, free)[n].detach().reshape(-1) for s in slope[n].reshape(-1)]) for n in range(N)]
@@ -121,6 +128,14 @@ def loops(
             "grad": grad(loss, p).detach(),
         }
     return found
+
+
+def _demand_output(who: str, output: Any) -> None:
+    expected = f"{who} must return the output [N, ...] of a sample or more, as a tensor of real floating-point numbers"
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.is_meta:
+        raise TypeError(f"{expected}; got {given.said(output)}")
+    if output.dim() == 0 or output.numel() == 0:
+        raise ValueError(f"{expected}; got {given.said(output)}")
 
 
 def random_loss(output: Tensor) -> Tensor:
@@ -216,6 +231,11 @@ def check_rule(
             if any(p.requires_grad for p in one.parameters()):
                 rows += _check(one, args, loss, hessian, rtol)
                 used |= {found.name for m in one.modules() if (found := lookup(m)) is not None}
+    if not rows:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter that requires a gradient, and no floating-point input [N, ...] "
+            "was given: there is nothing to compare"
+        )
     report = Report(rows)
     if not report.fine:
         raise AssertionError(f"{type(module).__name__} disagrees with plain autograd loops\n{report}")
@@ -234,7 +254,9 @@ def _check(
 
     def run() -> Tensor:
         torch.set_rng_state(state)  # dropout draws the same mask each time
-        return model(*args)  # type: ignore[no-any-return]
+        output = model(*args)
+        _demand_output(f"the module {type(model).__name__}", output)
+        return output  # type: ignore[no-any-return]
 
     asked = ("grad_sample", "jac", "ggn_diag", *(("hess_diag",) if hessian else ()))
     wanted = loops(model, run, loss, hessian=hessian)

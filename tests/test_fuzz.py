@@ -16,6 +16,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cases import C, D, N, mlp
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from oracle import close, expected
 from torch import Tensor, nn
 
 import hookjac
-from hookjac import HookjacError, extend, optim, plot, testing
+from hookjac import HookjacError, distributed, extend, optim, plot, testing
 
 EXAMPLES = 60 * int(os.environ.get("HOOKJAC_TEST_LONG", "1"))
 Y = torch.tensor([0, 2, 1, 2])
@@ -175,6 +176,19 @@ def records() -> dict[str, Row]:
         "Adds": Row(hookjac.Adds, (), {}, {
             "powers": lambda v: isinstance(v, tuple) and bool(v), "measure": or_none(a_function), "split": a_function,
             "join": a_function, "label": text}),
+        "Rule": Row(hookjac.Rule, (), {"name": "mine", "modules": (nn.Linear,), "pull": none}, {
+            "name": lambda v: text(v) and v != "", "modules": nothing, "pull": a_function,
+            "params": lambda v: isinstance(v, tuple) and not v, "factors": missing, "fits": a_function,
+            "refuses": a_function, "mixed": or_none(a_function), "bend": or_none(a_function), "linear": flag,
+            "constant": flag, "claims": a_function, "place": or_none(a_function)}),
+        "Rule with a parameter": Row(hookjac.Rule, (), {
+            "name": "mine", "modules": (nn.Linear,), "pull": none, "params": ("w",), "factors": none}, {
+            "params": nothing, "factors": a_function}),
+        "NodeRule": Row(hookjac.NodeRule, (), {
+            "name": "mine", "nodes": ("MulBackward0",), "slots": (1,), "fits": none, "part": none}, {
+            "name": lambda v: text(v) and v != "", "nodes": nothing, "slots": nothing, "fits": a_function,
+            "part": a_function, "refuses": a_function, "mixed": lambda v: isinstance(v, dict) and not v,
+            "copies": flag}),
     }  # fmt: skip
 
 
@@ -229,6 +243,12 @@ def blocks() -> dict[str, Row]:
         with hookjac.demand_apart(model, output):
             model(x)
 
+    def held(module: nn.Module, *inputs: Any, **options: Any) -> testing.Report:
+        try:
+            return testing.check_rule(module, *inputs, **options)
+        except AssertionError as error:  # its answer to a rule that was never used
+            raise HookjacError(str(error)) from error
+
     return {
         "extend": Row(block, (model, "grad_sample"), {}, {
             0: nothing, 1: word("jac"), "output": missing, "create_graph": flag, "group": missing,
@@ -242,8 +262,10 @@ def blocks() -> dict[str, Row]:
             0: nothing, 2: nothing, 3: word("jac"), "entries": integers(1), "seed": integers(0), "output": missing,
             "rtol": number}, names={2: "loss_fn"}),
         "demand_apart": Row(apart, (model,), {}, {0: nothing, "output": missing}),
-        "check_rule": Row(testing.check_rule, (nn.Linear(2, 2), torch.randn(3, 2)), {}, {
-            0: nothing, "loss": nothing, "hessian": flag, "rtol": number}),
+        "check_rule": Row(held, (nn.Linear(2, 2), torch.randn(3, 2)), {"rule": "linear"}, {
+            0: nothing, "loss": nothing, "hessian": flag, "rtol": number, "rule": missing}),
+        "loops": Row(testing.loops, (model, lambda: model(x), loss), {}, {
+            0: nothing, 1: nothing, 2: nothing, "penalty": missing, "hessian": flag}, names={1: "run", 2: "loss"}),
     }  # fmt: skip
 
 
@@ -299,8 +321,28 @@ def results() -> dict[str, Row]:
     return found
 
 
+def shared() -> dict[str, Row]:
+    """What the ranks of a group share, for a group of one."""
+
+    def empty(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and not value
+
+    def no_numbers(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape == (0,)
+
+    found = {
+        "shares": Row(distributed.shares, ([torch.Size([2, 2])], 2), {}, {0: empty, 1: integers(1)},
+                      names={0: "sizes", 1: "ranks"}),
+        "one of shares": Row(lambda size: distributed.shares([size], 2), (torch.Size([2, 2]),), {}, {0: nothing}),
+    }  # fmt: skip
+    for name, work in (("inverse", distributed.inverse), ("eigh", distributed.eigh)):
+        found[name] = Row(work, ([torch.eye(2)], "world"), {}, {0: empty, 1: nothing}, names={0: "matrices"})
+        found[f"one of {name}"] = Row(lambda t, work=work: work([t], "world"), (torch.eye(2),), {}, {0: no_numbers})
+    return found
+
+
 FAMILIES: dict[str, Callable[[], dict[str, Row]]] = {
-    "records": records, "optimizers": optimizers, "blocks": blocks, "results": results
+    "records": records, "optimizers": optimizers, "blocks": blocks, "results": results, "shared": shared
 }  # fmt: skip
 
 
@@ -346,9 +388,22 @@ def wrong(name: str, row: Row, slot: int | str, value: Any) -> str:
     return found or ("" if state() == before else f"{what} left something behind")
 
 
+@pytest.fixture
+def alone(family: str) -> Iterator[None]:
+    """A process group of this process only, where one is needed."""
+    if family != "shared":
+        yield
+        return
+    if not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_junk_for_every_argument(family: str, folder: Path) -> None:
+def test_junk_for_every_argument(family: str, folder: Path, alone: None) -> None:
     pytest.importorskip("matplotlib").use("Agg")
     pyplot = pytest.importorskip("matplotlib.pyplot")
     failed = []
@@ -395,6 +450,32 @@ def test_losses_that_are_none(value: Any, folder: Path) -> None:
         with pytest.raises((TypeError, HookjacError), match="loss does not require grad"), extend(model, q):
             torch.autograd.backward(value if isinstance(value, Tensor) else F.cross_entropy(model(x), Y).detach())
     assert attributes(model) == before
+
+
+def test_outputs_that_are_none() -> None:
+    def output(v: Any) -> bool:
+        return isinstance(v, Tensor) and v.is_floating_point() and not v.is_meta and v.dim() > 0 and v.numel() > 0
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return value
+
+    layer, x = Layer(2, 2), torch.randn(3, 2)
+    for value in [v for v in JUNK if not output(v)]:
+        with pytest.raises((TypeError, ValueError), match="run must return the output") as first:
+            testing.loops(layer, lambda: layer(x), lambda out: out.sum())
+        with pytest.raises((TypeError, ValueError), match="the module Layer must return the output") as second:
+            testing.check_rule(layer, x)
+        assert all(told(found.value, 0, value) for found in (first, second))
+
+
+def test_a_check_of_nothing() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.double()
+
+    with pytest.raises(ValueError, match=r"Doubled has no parameter that requires a gradient, .* nothing to compare"):
+        testing.check_rule(Doubled(), torch.zeros(2, 3, dtype=torch.int64))
 
 
 # Valid ones, in random combinations -----------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ with needed_by(*LAPLACE):
 
 Inputs = Tensor | MutableMapping[str, Any]
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ROWS = 1 << 22  # entries of the dense Jacobian that are built at once
 
 
@@ -41,16 +42,33 @@ class HookjacInterface(CurvatureInterface):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: nn.Module, likelihood: str, *args: Any, sharing: Sharing = "expand", **kwargs: Any
+        self,
+        model: nn.Module,
+        likelihood: str,
+        last_layer: bool = False,
+        subnetwork_indices: Tensor | None = None,
+        *args: Any,
+        sharing: Sharing = "expand",
+        **kwargs: Any,
     ) -> None:
         given.model(type(self).__name__, model)
         given.choice(("expand", "reduce"), sharing=sharing)
-        if likelihood not in ("classification", "regression"):
-            raise ValueError(f"the likelihood of a backend is 'classification' or 'regression', got {likelihood!r}")
-        super().__init__(model, likelihood, *args, **kwargs)
+        if not isinstance(likelihood, str) or likelihood not in ("classification", "regression"):
+            raise ValueError(
+                f"the likelihood of a backend is 'classification' or 'regression', got {given.said(likelihood)}"
+            )
+        given.flag(last_layer=last_layer)
+        if last_layer and not isinstance(getattr(model, "last_layer", None), nn.Module):
+            raise HookjacError(
+                f"{type(model).__name__} has no module `last_layer`, and last_layer=True was given. Wrap the model in "
+                "laplace.utils.FeatureExtractor, or let Laplace(..., subset_of_weights='last_layer') do it."
+            )
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, *args, **kwargs)  # type: ignore[arg-type]
         self.sharing = sharing
         if self.last_layer:
             self.params = list(self._model.parameters())
+        if subnetwork_indices is not None:
+            _demand_places(subnetwork_indices, sum(p.numel() for p in self.params))
 
     # One walk ------------------------------------------------------------------------------------------------
 
@@ -122,7 +140,11 @@ class HookjacInterface(CurvatureInterface):  # type: ignore[misc]
         self, x: Inputs, outputs: Tensor, enable_backprop: bool = False
     ) -> tuple[Tensor, Tensor]:
         """[N, S, P]: for each sample the rows of its own `outputs` [N] or [N, S], for S backwards and not C."""
+        if not isinstance(outputs, Tensor) or outputs.dtype not in _INTEGERS or outputs.dim() not in (1, 2):
+            raise TypeError(f"outputs must be a tensor [N] or [N, S] of integers, got {given.said(outputs)}")
         outputs = outputs.unsqueeze(1) if outputs.dim() == 1 else outputs
+        if outputs.shape[1] == 0:
+            raise ValueError(f"outputs must name an output of each sample at least, got {given.said(outputs)}")
         params, places = self._chosen()
         rows = []
         for column in outputs.split(1, 1):
@@ -130,6 +152,10 @@ class HookjacInterface(CurvatureInterface):  # type: ignore[misc]
             def head(f: Tensor, column: Tensor = column) -> Tensor:
                 if len(column) != len(f):
                     raise ValueError(f"outputs are given for {len(column)} inputs, the batch has {len(f)}")
+                if bool(((column < 0) | (column >= f.shape[1])).any()):
+                    raise ValueError(
+                        f"outputs must be from 0 to {f.shape[1] - 1}, got {column.flatten().tolist()!r:.80}"
+                    )
                 return f.gather(1, column.to(f.device, torch.long)).sum()
 
             with self._walk(x, "grad_sample", params, head, create_graph=enable_backprop) as (_, f):
@@ -162,7 +188,8 @@ class HookjacInterface(CurvatureInterface):  # type: ignore[misc]
     ) -> tuple[Tensor, Blocks]:
         if self.subnetwork_indices is not None:
             raise ValueError("a subnetwork has no Kronecker factors: use hessian_structure 'full' or 'diag'")
-        asked = entries(fisher, samples, kfac_approx or self.sharing)
+        given.counts(1, N=N)
+        asked = entries(fisher, samples, self.sharing if kfac_approx is None else kfac_approx)
         with self._walk(x, asked, self.params, self._loss(y)) as (_, f):
             return self._scaled(f, y), self.factor * kron_of(self.model, self.params, len(f), N)
 
@@ -172,6 +199,11 @@ class HookjacGGN(HookjacInterface, GGNInterface):  # type: ignore[misc]
 
     `full` and `diag` are exact; with `stochastic` they draw `num_samples` labels a sample, as Laplace's own do.
     """
+
+    def __init__(self, model: nn.Module, likelihood: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, likelihood, *args, **kwargs)
+        given.flag(stochastic=self.stochastic)
+        given.counts(1, num_samples=self.num_samples)
 
     def _metric(self, f: Tensor) -> Tensor:  # [N, C] -> [N, C] or [N, C, C]
         f = f.detach()
@@ -258,6 +290,8 @@ def functional_variance(la: ParametricLaplace, x: Inputs) -> tuple[Tensor, Tenso
     """
     if not isinstance(la, (DiagLaplace, KronLaplace, FullLaplace)):
         raise TypeError(f"functional_variance takes a Laplace of structure diag, kron or full, got {type(la).__name__}")
+    if la.H is None or (isinstance(la, KronLaplace) and not isinstance(la.H, KronDecomposed)):
+        raise HookjacError(f"this {type(la).__name__} is not fitted: call la.fit(train_loader) first")
     kind = "regression" if la.likelihood == "regression" else "classification"
     subnet = la.backend.subnetwork_indices if isinstance(la, SubnetLaplace) else None
     backend = HookjacGGN(la.model, kind, last_layer=isinstance(la, LLLaplace), subnetwork_indices=subnet)
@@ -296,11 +330,23 @@ def _plain(x: Inputs) -> Inputs:
     """What was made in inference mode as tensors that a backward may use."""
     if isinstance(x, Tensor):
         return x.clone() if x.is_inference() else x
-    given = {key: t for key, t in x.items() if isinstance(t, Tensor) and t.is_inference()}
-    if given:
+    if not isinstance(x, MutableMapping):
+        raise TypeError(f"x must be a tensor [N, ...], or a mapping of names to tensors; got {given.said(x)}")
+    made = {key: t for key, t in x.items() if isinstance(t, Tensor) and t.is_inference()}
+    if made:
         x = copy.copy(x)
-        x.update({key: t.clone() for key, t in given.items()})
+        x.update({key: t.clone() for key, t in made.items()})
     return x
+
+
+def _demand_places(indices: Any, P: int) -> None:
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
+        raise TypeError(f"subnetwork_indices must be a tensor [K] of torch.int64, got {given.said(indices)}")
+    if not 0 <= int(indices.min()) <= int(indices.max()) < P:
+        raise ValueError(
+            f"subnetwork_indices must be from 0 to {P - 1}, as the model's trainable parameters have {P} entries; got "
+            f"{int(indices.min())} to {int(indices.max())}"
+        )
 
 
 # Rows of Jacobians -----------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
 
 
 def _errors(module: nn.Module) -> list[Any]:
+    given.model("PrivacyEngine", module)
     layers = [m for m in module.modules() if type(m) in _SERVED]
     idle = {str(error) for m in layers for error in ModuleValidator.VALIDATORS[type(m)](m)}
     return [error for error in ModuleValidator.validate(module, strict=False) if str(error) not in idle]
@@ -241,6 +242,14 @@ def ghost_clipping(
             "ghost clipping expects the DPOptimizer of make_private(..., clipping='flat', grad_sample_mode='no_op') on "
             f"one device, got {type(optimizer).__name__}. For other ways of clipping, use grad_samples."
         )
+    wanted = getattr(criterion, "reduction", None)
+    if not callable(criterion) or not isinstance(wanted, str):  # Opacus would write one on whatever it is
+        raise TypeError(f"criterion must be a loss module with a `reduction`, got {given.said(criterion)}")
+    if wanted != optimizer.loss_reduction:
+        raise HookjacError(
+            f"the criterion's reduction is {wanted!r}, but make_private was told {optimizer.loss_reduction!r}; they "
+            "must agree: give make_private(loss_reduction=...) that of the criterion."
+        )
     fast = DPOptimizerFastGradientClipping(
         optimizer.original_optimizer,
         noise_multiplier=optimizer.noise_multiplier,
@@ -257,6 +266,8 @@ def ghost_clipping(
 
 def _of(model: nn.Module | AbstractGradSampleHooks, reduction: Reduction | None) -> tuple[nn.Module, Reduction]:
     """The module to extend, and how its loss is reduced."""
+    if reduction is not None:
+        given.choice(("mean", "sum"), loss_reduction=reduction)
     if isinstance(model, AbstractGradSampleHooks):
         if not isinstance(model, GradSampleHooksNoOp):
             raise HookjacError(
@@ -272,4 +283,4 @@ def _of(model: nn.Module | AbstractGradSampleHooks, reduction: Reduction | None)
         return (model if isinstance(model, nn.Module) else model._module), model.loss_reduction
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module or what make_private returned first, got {type(model).__name__}")
-    return model, reduction or "mean"
+    return model, "mean" if reduction is None else reduction
