@@ -137,7 +137,7 @@ def tell(model: nn.Module, plan: Plan, roads: Roads | None, called: Sequence[Cal
     rows = []
     for p, name in plan.names.items():
         uses = plan.uses.of.get(p, [])
-        owner = owners[p]
+        owner = owners.get(p, model)  # which may list what lies in no layer
         if uses and p in plan.glue:
             road, why = "rule + masked columns", f"used by {uses[0].rule} and elsewhere"
         elif uses:

@@ -87,7 +87,9 @@ class Curvature:
         """Products with the block of one parameter: [K, *p] -> [K, *p], or [*p] -> [*p]."""
         made = Block(self, p, self._names[p], meta(self._params[p])[0])
         owner = self._owners.get(p)
-        if owner is not None:
+        if owner is None:  # a model that lists what lies in no layer: nobody else can keep it
+            made.held = self
+        else:
             _KEPT.setdefault(owner, weakref.WeakKeyDictionary())[made] = self
         return made
 
@@ -173,6 +175,8 @@ class Block:
 
     As long as it lives, and the layer whose parameter that is, so does the graph.
     """
+
+    held: Curvature | None = None
 
     def __init__(self, curvature: Curvature, p: int, name: str, shape: torch.Size) -> None:
         self._curvature, self._p, self.name, self.shape = weakref.ref(curvature), p, name, shape

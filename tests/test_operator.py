@@ -266,3 +266,24 @@ def test_products_without_their_layer() -> None:
     del layer
     with pytest.raises(HookjacError, match=r"need their layer, which nobody holds any more\. Keep the model"):
         weight.hess_mp(torch.zeros(C, D))  # type: ignore[attr-defined]
+
+
+def test_products_of_a_parameter_that_lies_in_no_layer() -> None:
+    """Nobody but the parameter can keep its graph."""
+
+    class Listing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loose = [nn.Parameter(torch.randn(D, C))]
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            yield "loose", self.loose[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.loose[0]
+
+    model, x, v = Listing(), torch.randn(N, D), torch.randn(D, C)
+    with extend(model, "hess_mp"):
+        model(x).square().sum().backward()
+    gc.collect()
+    close(model.loose[0].hess_mp(v), 2 * x.T @ x @ v, "loose")  # type: ignore[attr-defined]
