@@ -187,12 +187,14 @@ class NodeRule:
         _demand_tuple(who, "slots", self.slots, int, "numbers of the node's inputs")
         if not self.nodes or not all(n.isidentifier() for n in self.nodes):
             raise TypeError(f"{who}: `nodes` must be type names of autograd nodes, got {self.nodes!r}")
+        if any(isinstance(k, bool) or k < 0 for k in self.slots) or len(set(self.slots)) < len(self.slots):
+            raise ValueError(f"{who}: `slots` must be different numbers from 0 on, got {self.slots}")
         if not self.slots:
             raise ValueError(f"{who}: `slots` must name an input of the node")
         if not isinstance(self.mixed, Mapping):
             raise TypeError(f"{who}: `mixed` must be a mapping of numbers to functions, got {given.said(self.mixed)}")
         if not self.mixed.keys() <= set(self.slots):
-            raise ValueError(f"{who}: `mixed` speaks of inputs {sorted(self.mixed)}, `slots` of {self.slots}")
+            raise ValueError(f"{who}: `mixed` speaks of inputs {list(self.mixed)}, `slots` of {self.slots}")
         given.function(fits=self.fits, part=self.part, refuses=self.refuses)
         given.flag(copies=self.copies)
 

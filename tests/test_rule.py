@@ -118,6 +118,11 @@ def test_a_rule_for_a_node_checks_itself() -> None:
         NodeRule(name="x", nodes=("SinBackward0",), slots=(0,), fits=good["fits"], part=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`mixed` must be a mapping"):
         NodeRule(name="x", nodes=("SinBackward0",), slots=(0,), mixed=3, **good)  # type: ignore[arg-type]
+    for slots in ((True,), (-1,), (1, 1)):
+        with pytest.raises(ValueError, match="`slots` must be different numbers from 0 on"):
+            NodeRule(name="x", nodes=("SinBackward0",), slots=slots, **good)
+    with pytest.raises(ValueError, match="`mixed` speaks of inputs"):
+        NodeRule(name="x", nodes=("SinBackward0",), slots=(1,), mixed={"a": None, 0: None}, **good)  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="`slots` must name an input"):
         NodeRule(name="x", nodes=("SinBackward0",), slots=(), **good)
     with pytest.raises(ValueError, match="MmBackward0 has the rule 'matrix product' already"):
