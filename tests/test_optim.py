@@ -22,9 +22,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N
+from largest import Largest
 from oracle import close, grad
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hookjac
 from benchmarks.peak import Peak
@@ -422,19 +422,6 @@ def test_private_on_real_data(noise: float) -> None:
     assert losses[0] > 0.5
     assert sum(losses[-10:]) / 10 < 0.15
     assert 0.1 * met < clipped < 0.9 * met, "the bound is in force for some samples, and not for others"
-
-
-class Largest(TorchDispatchMode):
-    """How many entries the largest tensor had that was made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, Tensor) and t.is_floating_point():
-                self.entries = max(self.entries, t.numel())
-        return out
 
 
 MEAN = Fn(lambda m, h: h.mean(1))  # [N, T, C] -> [N, C]

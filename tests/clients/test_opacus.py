@@ -12,6 +12,7 @@ import opacus
 import pytest
 import torch
 import torch.nn.functional as F
+from largest import Largest
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.schedulers import ExponentialGradClip
 from opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -19,7 +20,6 @@ from opacus.validators.errors import UnsupportedModuleError
 from opacus_models import ALL, AWKWARD, LR, RIGHT, THERE, Batch, bound, data, loops, made
 from oracle import close
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import hookjac
@@ -300,19 +300,6 @@ def test_opacus_ties_no_weights_under_ghost_clipping() -> None:
 
 
 # Ghost clipping ---------------------------------------------------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """How many entries the largest tensor had that was made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, Tensor) and t.is_floating_point():
-                self.entries = max(self.entries, t.numel())
-        return out
 
 
 @pytest.mark.parametrize("mode", MODES)
