@@ -90,35 +90,53 @@ def _behind_positions(node: Node, layout: Layout, out: torch.Size, shapes: Shape
     return [layout, None, None] if _layer_fits(node, 1, layout) else None
 
 
-def _one_by_one(G: Tensor, back: Callable[[Tensor], Tensor], out: Tensor) -> Tensor:
-    """PyTorch's kernel, a column at a time, without what scale and shift get."""
-    for g, into in zip(G, out, strict=True):
-        into.copy_(back(g.contiguous()))
+_TOGETHER = 1 << 17  # entries of a call; of more, the result is memory fresh from the system (benchmarks/test_norm.py)
+
+
+def _few_by_few(G: Tensor, back: Callable[..., Tensor], kept: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """PyTorch's kernel on a few columns at a time, as if they were more samples, without what scale and shift get.
+
+    kept: what it has of each sample, beside the columns.
+    """
+    V, N = G.shape[:2]
+    step = max(1, min(V, _TOGETHER * V // max(1, G.numel())))
+    if step > 1:
+        kept = tuple(fresh((step * N, *t.shape[1:]), t).view(step, *t.shape).copy_(t).flatten(0, 1) for t in kept)
+    for v in range(0, V, step):
+        g, into = G[v : v + step], out[v : v + step]
+        rows = len(g) * N
+        into.copy_(back(g.reshape(rows, *g.shape[2:]), *(t[:rows] for t in kept)).view(into.shape))
     return out
 
 
 def _layer_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
-    x, mean, rstd, weight = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight
-    kernel, its = torch.ops.aten.native_layer_norm_backward, node._saved_normalized_shape
+    kernel, its, weight = torch.ops.aten.native_layer_norm_backward, node._saved_normalized_shape, node._saved_weight
 
-    def back(g: Tensor) -> Tensor:
+    def back(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         found: Tensor = kernel(g, x, its, mean, rstd, weight, None, [True, False, False])[0]
         return found
 
-    return _one_by_one(G, back, fresh((len(G), *shape), G))
+    rows = shape[: len(shape) - len(its)].numel()
+    kept = (
+        node._saved_input.reshape(rows, *its),
+        node._saved_result1.reshape(rows, 1),
+        node._saved_result2.reshape(rows, 1),
+    )
+    found = _few_by_few(G.reshape(len(G), rows, *its), back, kept, fresh((len(G), rows, *its), G))
+    return found.view(len(G), *shape)
 
 
 def _group_way(node: Node, G: Tensor, shape: torch.Size) -> Tensor:
-    x, mean, rstd, weight = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight
-    sizes = (node._saved_N, node._saved_C, node._saved_HxW, node._saved_group)
-    kernel, x = torch.ops.aten.native_group_norm_backward, x.contiguous()
+    kernel, weight = torch.ops.aten.native_group_norm_backward, node._saved_weight
+    sizes = (node._saved_C, node._saved_HxW, node._saved_group)
 
-    def back(g: Tensor) -> Tensor:
-        found: Tensor = kernel(g, x, mean, rstd, weight, *sizes, [True, False, False])[0]
+    def back(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        found: Tensor = kernel(g, x, mean, rstd, weight, len(g), *sizes, [True, False, False])[0]
         return found
 
+    kept = (node._saved_input.contiguous(), node._saved_result1, node._saved_result2)
     # the samples first in memory: so a convolution above it will want them, for its products with patches
-    return _one_by_one(G, back, fresh((shape[0], len(G), *shape[1:]), G).transpose(0, 1))
+    return _few_by_few(G, back, kept, fresh((shape[0], len(G), *shape[1:]), G).transpose(0, 1))
 
 
 way(_LAYER, into={0: _layer_way})
