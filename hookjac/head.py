@@ -318,7 +318,7 @@ class Head:
         """From the eigenvectors of each sample's own."""
         H, N = self.full(), self.N
         values, vectors = eigen(H)
-        signs = _signs((wish.samples, *values.shape), H, wish)
+        signs = _signs((wish.samples, *values.shape), values, wish)
         size = values.abs().sqrt()
         u = torch.einsum("ncd,knd->knc", vectors * size.unsqueeze(1), signs)
         rounding = H.shape[1] * torch.finfo(H.dtype).eps * values.abs().amax(1, keepdim=True) if H.numel() else values
@@ -332,7 +332,7 @@ class Head:
             layout.join(t.reshape(len(u), N, *rest), edge.shape).to(meta(edge)[1])
             for edge, layout, rest, t in zip(self.edges, self.layouts, rests, parts, strict=True)
         ]
-        return columns, _metric(wish.samples, N, H, paired=paired)
+        return columns, _metric(wish.samples, N, values, paired=paired)
 
     def _by_products(self) -> Tensor:
         N = self.N

@@ -674,10 +674,8 @@ def recipes(draw: Any, longest: int = 6) -> Recipe:
     if way == "accumulate" and LOSSES[loss][0] == "":
         way = "extend"
     dtype = draw(st.sampled_from(["float64"] * 12 + ["float32", "float32", "bfloat16"] * (way != "accumulate")))
-    names = FIRST_ORDER if way == "create_graph" or dtype == "bfloat16" else tuple(MAKERS)
+    names = FIRST_ORDER if way == "create_graph" else tuple(MAKERS)
     names = ADDING if way == "accumulate" else names
-    if dtype == "float32":
-        names = tuple(n for n in names if n not in ("kfac", "hutchinson", "ggn_diag_mc", "ggn_sqrt", "hesscale"))
     entries = {"middle": T * d, "side": 3}.get(output or "", {"one": 1, "sum": C, "mean below": C}.get(head, T * C))
     asked = draw(asks(names, N, entries, way != "extend"))
     return Recipe(

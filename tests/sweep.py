@@ -354,11 +354,18 @@ def compare_again(step: Step, model: nn.Module, truth: Truth) -> None:
     def leaves(model: nn.Module, x: Tensor) -> list[Tensor]:
         return [*trainable(model).values(), *([x] if x.requires_grad else [])]
 
+    def rows(tensors: list[Tensor]) -> dict[str, Tensor]:  # [len(tensors), P] for each parameter
+        each = [derivatives(t, list(served.values()), create_graph=True) for t in tensors]
+        return {key: torch.stack([row[k].reshape(-1) for row in each]) for k, key in enumerate(served)}
+
+    names, served = {name for name, _ in step.r.asked}, step.served(truth.model)
+    gradients = rows([truth.summand(n) for n in range(truth.N)])
+    jacobian = rows(list(truth.output.reshape(-1))) if "jac" in names else {}
     wanted, found = torch.zeros(()), torch.zeros(())
-    for key, p in step.served(truth.model).items():
-        g = torch.stack([grad(truth.summand(n), p).reshape(-1) for n in range(truth.N)])
-        J = torch.stack([grad(o, p).reshape(-1) for o in truth.output.reshape(-1)])
-        right = {"grad_sample": g, "grad_sample_gram": g @ g.T, "grad_sq_sum": g.square().sum(0), "jac": J}
+    for key, g in gradients.items():
+        right = {"grad_sample": g, "grad_sample_gram": g @ g.T, "grad_sq_sum": g.square().sum(0)}
+        if "jac" in names:
+            right["jac"] = jacobian[key]
         if float(g.detach().norm(dim=1).min()) > 1e-4:  # a root has no derivative at zero
             right["grad_sample_norm"] = g.norm(dim=1)
         for name, _ in step.r.asked:
@@ -371,9 +378,18 @@ def compare_again(step: Step, model: nn.Module, truth: Truth) -> None:
                 found = found + (t * w).sin().sum()
                 wanted = wanted + (of * w).sin().sum()
     if wanted.requires_grad and step.r.dtype == "float64":
-        exact = [grad(wanted, t) for t in leaves(truth.model, truth.x)]
-        mine = [grad(found, t) for t in leaves(model, step.x)]
+        exact = derivatives(wanted, leaves(truth.model, truth.x))
+        mine = derivatives(found, leaves(model, step.x))
         step.hold("derivative of the results", list(zip(mine, exact, strict=True)), [])
+
+
+def derivatives(t: Tensor, leaves: list[Tensor], *, create_graph: bool = False) -> tuple[Tensor, ...]:
+    """In all of them at once: a graph for each by itself takes gigabytes."""
+    if not t.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(
+        t, leaves, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 def by_accumulate(r: Recipe, came: Came) -> None:

@@ -56,6 +56,13 @@ WRONG = {
         d=3,
         C=1,
     ),
+    "eigenvectors of a loss in half precision were asked of LAPACK, which knows none": Recipe(
+        steps=(("linear", 0),),
+        asked=(("ggn_sqrt", {}), ("ggn_diag_mc", {"samples": 400, "generator": 4})),
+        T=2,
+        C=3,
+        dtype="bfloat16",
+    ),
     "a kernel, of which some parameters' parts are constant, was added up in place under create_graph": Recipe(
         steps=(("tanh", 0),),
         asked=(("grad_sample", {}), ("ntk", {})),

@@ -81,9 +81,8 @@ class Truth(_Truth):
         """The sum over samples of j^T |H| j, with j the entry's column: what random columns are as large as."""
         columns, _ = self._curvature(p, k)
         j = torch.cat([c.detach().reshape(self.N, -1) for c in columns], 1)
-        H = self.hessians()
-        values, vectors = torch.linalg.eigh(H)
-        turned = torch.einsum("nca,nc->na", vectors, j)
+        values, vectors = torch.linalg.eigh(self.hessians())
+        turned = torch.einsum("nca,nc->na", vectors, j.to(vectors.dtype))
         return float((values.abs() * turned.square()).sum(1)[list(samples)].sum())
 
     def hessians(self) -> Tensor:
@@ -98,7 +97,8 @@ class Truth(_Truth):
             parts = [u.reshape(t.shape) for u, t in zip(unit.split(sizes, 1), like, strict=True)]
             bent = [grad(self._whole, self.output, parts[0])] if whole else self._bent(parts)  # type: ignore[arg-type]
             rows.append(torch.cat([t.detach().reshape(self.N, -1) for t in bent], 1))
-        return torch.stack(rows, 1)
+        H = torch.stack(rows, 1)
+        return H.float() if H.dtype == torch.bfloat16 else H
 
     def arriving(self, z: Tensor) -> Tensor:
         """[N, C, *z]: of every output entry that counts, its gradient at a tensor."""
@@ -269,15 +269,17 @@ def _hesscale(truth: Truth, key: str, p: Tensor, found: Tensor) -> Pairs:
 
 def _columns_of(m: nn.Module, a: Tensor, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The inputs of a layer, [R, i], and how tensors [..., *z] become [..., R, o]."""
+    dtype = m.weight.dtype  # autocast computes in another
     if isinstance(m, nn.Embedding):
-        return torch.nn.functional.one_hot(a.reshape(-1), m.num_embeddings).to(z.dtype), lambda t: t.reshape(
+        return torch.nn.functional.one_hot(a.reshape(-1), m.num_embeddings).to(dtype), lambda t: t.reshape(
             *t.shape[: t.dim() - z.dim()], -1, z.shape[-1]
         )
+    a = a.to(dtype)
     if isinstance(m, nn.Linear):
         return a.reshape(-1, a.shape[-1]), lambda t: t.reshape(*t.shape[: t.dim() - z.dim()], -1, z.shape[-1])
     assert isinstance(m, (nn.Conv1d, nn.Conv2d))
     size = m.weight[0].numel()
-    units = torch.eye(size, dtype=z.dtype).reshape(size, *m.weight.shape[1:])
+    units = torch.eye(size, dtype=dtype).reshape(size, *m.weight.shape[1:])
     patches = m._conv_forward(a, units, None).movedim(1, -1)
 
     def rows(t: Tensor) -> Tensor:
@@ -318,14 +320,15 @@ def _kfac(truth: Truth, options: dict[str, Any], p: Any, found: Any, S: Sequence
         elif plain.A is None or (plain.rows == 1 and sharing == "expand"):
             made.append(_noisy(plain.to_dense(), block, options))
     if corrected is not None:
-        units = torch.eye(P, dtype=p.dtype).reshape(-1, *p.shape)
+        own = corrected.values.dtype
         apart = hookjac.KroneckerEigen(
             corrected.Q_A,
             corrected.Q_B,
-            torch.arange(1.0, 1 + P, dtype=p.dtype).reshape_as(corrected.values),
+            torch.arange(1.0, 1 + P, dtype=own).reshape_as(corrected.values),
             corrected.source,
         )
-        _, Q = torch.linalg.eigh((apart @ units).reshape(P, P))
+        units = torch.eye(P, dtype=own).reshape(-1, *p.shape)
+        Q = torch.linalg.eigh((apart @ units).reshape(P, P))[1].to(p.dtype)
         made.append((corrected.values.flatten(), (Q.T @ block @ Q).diagonal()))
     return made
 
@@ -353,6 +356,7 @@ def _sides(truth: Truth, p: Tensor, S: Sequence[int], empirical: bool, sharing: 
     for m, a, z in uses:
         rows, opened = _columns_of(m, a, z)
         g = opened(sum((grad(t, z, s) for t, s in zip(truth._outputs, probes, strict=True)), torch.zeros_like(z)))
+        g = g.to(p.dtype)
         part = torch.einsum("ro,ri->io" if isinstance(m, nn.Embedding) else "ro,ri->oi", g, rows)
         whole = whole + part.detach().reshape(-1)
         if empirical:
@@ -362,9 +366,10 @@ def _sides(truth: Truth, p: Tensor, S: Sequence[int], empirical: bool, sharing: 
         else:
             each = opened(truth.arriving(z))
         inputs.append(rows)
-        slopes.append(each)  # [N, C, R, o]
+        slopes.append(each.to(p.dtype))  # [N, C, R, o]
     direct = truth._pulled(p, probes).detach().reshape(-1)
-    if (whole - direct).abs().max() > 1e-9 * direct.abs().max():
+    eps = torch.finfo(getattr(torch, truth.recipe.dtype)).eps
+    if (whole - direct).abs().max() > eps**0.5 * direct.abs().max():
         return None  # it is used by something else, too
     rows, each = torch.cat(inputs), torch.cat(slopes, 2)
     # row r of a batch [N, L]: only of this sample

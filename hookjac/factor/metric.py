@@ -125,7 +125,8 @@ def root(t: Tensor) -> Tensor:
 
 def eigen(metric: Tensor) -> tuple[Tensor, Tensor]:  # [N, V, V] -> [N, V], [N, V, V]
     """Eigenvalues and eigenvectors of each sample's. Where entries are not finite, they are not numbers: to LAPACK one
-    such sample would be an error for all."""
+    such sample would be an error for all. It knows no half precision: of that, they are in single."""
+    metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
     fine = metric.isfinite().all(-1).all(-1)
     values, vectors = torch.linalg.eigh(torch.where(fine[:, None, None], metric, 0))
     return torch.where(fine[:, None], values, torch.nan), torch.where(fine[:, None, None], vectors, torch.nan)
