@@ -45,6 +45,14 @@ def _as_rst(app, what, name, obj, options, lines):  # type: ignore[no-untyped-de
     lines[:] = out[1:]
 
 
+def _readable(app, what, name, obj, options, signature, returns):  # type: ignore[no-untyped-def]
+    """A default that is a function has no text that could be parsed, and then nothing of the signature is shortened."""
+    kinds = ("dense.Dense", "outer.Outer", "lookup.Lookup", "mixed.Sum")
+    union = " | ".join(f"~hookjac.factor.{kind}" for kind in kinds)
+    shown = re.sub(r"<function [\w.]+(<lambda>)?>|<factory>", "...", signature or "")
+    return (shown.replace(union, "~hookjac.factor.Factor"), returns) if signature else None
+
+
 def _arguments(obj):  # type: ignore[no-untyped-def]
     with contextlib.suppress(TypeError, ValueError):
         return {*inspect.signature(obj).parameters, *getattr(obj, "__annotations__", {})}
@@ -58,3 +66,4 @@ def _escaped(line: str) -> str:
 
 def setup(app):  # type: ignore[no-untyped-def]
     app.connect("autodoc-process-docstring", _as_rst)
+    app.connect("autodoc-process-signature", _readable)
