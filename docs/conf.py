@@ -24,7 +24,7 @@ suppress_warnings = ["myst.xref_missing"]  # links to files of the repository, w
 
 
 def _as_rst(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]
-    """Docstrings are written to be read as they are: `this` is code, "name: ..." an argument."""
+    """Docstrings are written to be read as they are: `this` is code, "name: ..." an argument, "name()   ..." a row."""
     names, code, out = _arguments(obj), False, [""]
     for k, line in enumerate(lines):
         indented = line.startswith("    ")
@@ -35,12 +35,22 @@ def _as_rst(app, what, name, obj, options, lines):  # type: ignore[no-untyped-de
         if code:
             out.append(line)
             continue
-        head = re.match(r"([\w, ]+): ", line)
-        if head and set(head[1].split(", ")) <= names:
+        head, row = re.match(r"([\w, ]+): ", line), re.match(r"(\w[\w(), ]*?) {2,}", line)
+        if row:
+            out += ["", f"``{row[1]}``: {_escaped(line[row.end() :])}"]
+        elif head and set(head[1].split(", ")) <= names:
             out += ["", f"**{_escaped(head[1])}**: {_escaped(line[head.end() :])}"]
         else:
             out.append(_escaped(line.strip()))
     lines[:] = out[1:]
+
+
+def _readable(app, what, name, obj, options, signature, returns):  # type: ignore[no-untyped-def]
+    """A default that is a function has no text that could be parsed, and then nothing of the signature is shortened."""
+    kinds = ("dense.Dense", "outer.Outer", "lookup.Lookup", "mixed.Sum")
+    union = " | ".join(f"~hookjac.factor.{kind}" for kind in kinds)
+    shown = re.sub(r"<function [\w.]+(<lambda>)?>|<factory>", "...", signature or "")
+    return (shown.replace(union, "~hookjac.factor.Factor"), returns) if signature else None
 
 
 def _arguments(obj):  # type: ignore[no-untyped-def]
@@ -56,3 +66,4 @@ def _escaped(line: str) -> str:
 
 def setup(app):  # type: ignore[no-untyped-def]
     app.connect("autodoc-process-docstring", _as_rst)
+    app.connect("autodoc-process-signature", _readable)

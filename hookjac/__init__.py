@@ -1,7 +1,7 @@
 """Per-sample gradients, Jacobians and curvature on every parameter of a PyTorch model, from one backward.
 
 with hookjac.extend(model):
-    loss.backward()
+    loss_function(model(x), y).backward()
 # p.grad_sample [N, *p], p.jac [N, *out, *p], p.hess_diag [*p]
 """
 

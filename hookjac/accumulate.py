@@ -44,7 +44,7 @@ def accumulate(
 ) -> Accumulated:
     """Quantities of the loss of a whole data set, batch by batch, in the memory of one batch and of the result.
 
-        found = hookjac.accumulate(model, F.cross_entropy, loader, "ggn_diag", "kfac", checkpoint="run.safetensors")
+        found = hookjac.accumulate(model, F.cross_entropy, loader, "ggn_diag", checkpoint="run.safetensors")
 
     Results are put on the parameters as by `extend`, and returned. `p.grad` is not touched. The mode of the model
     (train, eval) is yours. Exact to rounding: what one backward of the whole data set's loss would give.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -202,3 +203,52 @@ def test_an_import_that_fails_is_both_errors() -> None:
     for kind in (HookjacError, ImportError):
         with pytest.raises(kind, match="this needs more than torch and einops"), needed_by("this", "that"):
             import nowhere_to_be_found  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment in which pip put the wheel and what it asks for."""
+    place = tmp_path_factory.mktemp("empty")
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True, timeout=100)
+    found = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    pip = [str(found), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    return found
+
+
+needs_network = pytest.mark.skipif(not os.environ.get("HOOKJAC_TEST_EMPTY"), reason="HOOKJAC_TEST_EMPTY is not set")
+
+
+def alone(python: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(python), "-I", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@needs_network
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_the_first_pages_run_in_an_empty_environment(empty: Path, tmp_path: Path, page: str) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    program = snippets[0] if page == "README.md" else "\n".join(snippets)
+    where = f"\nassert hookjac.__file__.startswith({str(empty.parents[1])!r}), hookjac.__file__"
+    done = alone(empty, tmp_path, "-c", program + where)
+    assert done.returncode == 0, done.stderr
+    said = {"README.md": "2.bias torch.Size([3]) torch.Size([32, 3])", "docs/tutorial.md": "the loss mixes samples"}
+    assert said[page] in done.stdout
+
+
+@needs_network
+def test_an_empty_environment_stays_nearly_empty(empty: Path, tmp_path: Path) -> None:
+    done = alone(empty, tmp_path, "-m", "pip", "list", "--format=freeze")
+    there = {line.partition("==")[0].lower() for line in done.stdout.splitlines()}
+    assert {"hookjac", "torch", "einops"} <= there
+    assert not there & {name.replace("_", "-") for name in HIDDEN}
+
+
+@needs_network
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--help"]])
+def test_the_program_in_an_empty_environment(empty: Path, tmp_path: Path, arguments: list[str]) -> None:
+    """It needs click, and says so, after torch has said that it found no NumPy."""
+    done = alone(empty, tmp_path, "-m", "hookjac", *arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("pip install 'hookjac[demo]'")

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 
-NEEDED = ("laplace", "opacus", "lightning", "accelerate")
+NEEDED = ("laplace", "opacus", "lightning", "accelerate", "backpack")
 
 collect_ignore_glob = [] if all(importlib.util.find_spec(name) for name in NEEDED) else ["test_*.py"]
