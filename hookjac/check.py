@@ -84,11 +84,12 @@ def check(
         )
     told, rows = ext.explain().to_dict()["parameters"], []
     draw = torch.Generator().manual_seed(seed)
-    for name, p in trainable(twin).items():
-        picks = _picks(p, entries, draw)
-        for q in asked:
-            road = told[name]["hessian"] if q.startswith("hess") and told[name]["hessian"] else told[name]["road"]
-            rows.append(_row(name, q, road, told[name]["why"], _CHECKS[q](truth, p, getattr(p, q), picks), rtol))
+    with _in_our_words():
+        for name, p in trainable(twin).items():
+            picks = _picks(p, entries, draw)
+            for q in asked:
+                road = told[name]["hessian"] if q.startswith("hess") and told[name]["hessian"] else told[name]["road"]
+                rows.append(_row(name, q, road, told[name]["why"], _CHECKS[q](truth, p, getattr(p, q), picks), rtol))
     return Report(rows)
 
 
@@ -105,6 +106,11 @@ def _in_our_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "use_reentrant" in str(error) and not isinstance(error, HookjacError):
+            raise HookjacError(
+                "check compares with torch.autograd.grad, which a checkpoint with use_reentrant=True does not serve. "
+                "Check a copy of the model with use_reentrant=False, or without checkpoints: the numbers are the same."
+            ) from error
         if isinstance(error, HookjacError) or not re.search("scalar type|same dtype|dtype", str(error)):
             raise
         raise HookjacError(

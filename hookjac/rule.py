@@ -252,21 +252,29 @@ def lookup(module: nn.Module) -> Rule | None:
     Not claimed: a subclass or an instance with a `forward` of its own, a parameter that is not a plain one (weight
     norm, pruning, a functional call with other tensors), a parameter that the rule does not know.
     """
+    return claimed(module)[0]
+
+
+def claimed(module: nn.Module) -> tuple[Rule | None, str]:
+    """`lookup`, and why it is that one or none."""
     cls = type(module)
     for base in cls.__mro__:
         rule = _RULES.get(base)
         if rule is not None:
             break
     else:
-        return None
+        return None, "no rule for its class"
     if _forward_of(cls) is not _forward_of(base) or "forward" in module.__dict__:
-        return None
+        return None, "has a forward of its own"
     own = module._parameters
     if len(own) != len(rule.params):
-        return None
+        return None, _OTHERS
     for key, p in own.items():
         if key not in rule.params or key in module.__dict__ or hasattr(cls, key):
-            return None
+            return None, _OTHERS
         if p is not None and not (type(p) in (nn.Parameter, Tensor) and p.is_leaf):
-            return None
-    return rule if rule.claims(module) else None
+            return None, _OTHERS
+    return (rule, "rule for its class") if rule.claims(module) else (None, "an option that its rule does not cover")
+
+
+_OTHERS = "its parameters are not those of its class"  # pruned, parametrized, added

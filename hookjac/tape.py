@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from hookjac.called import Calls, Trail, sequence
 from hookjac.checkpoints import is_hidden
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of
@@ -77,12 +78,14 @@ class Note:
 
 
 class Mark:
-    """What is known of one tensor of the graph. `note`: a rule's layer made it; `output`: the model returned it."""
+    """What is known of one tensor of the graph. `note`: a rule's layer made it; `output`: the model returned it;
+    `trail`: the calls of modules that it took, if an outermost one returned it."""
 
-    __slots__ = ("__weakref__", "note", "output", "selected")
+    __slots__ = ("__weakref__", "note", "output", "selected", "trail")
 
     def __init__(self) -> None:
         self.note: Note | None = None
+        self.trail: Trail | None = None
         self.output: str | None = None  # how the user reaches it, e.g. "output['logits']"
         self.selected = False
 
@@ -174,6 +177,7 @@ class Tape:
         self._last: list[Callable[..., Any]] = []
         self._outliving: list[weakref.ref[Mark]] = []
         self._own: list[Callable[..., Any]] = []  # hooks that are about to be registered, or are
+        self._calls = Calls()
 
     def install(self) -> None:
         # a compiler that is at work must call the hooks, not trace them; if it is not loaded, do not load it
@@ -181,20 +185,22 @@ class Tape:
         after: Callable[..., Any] = self._after
         if "torch._dynamo" in sys.modules:
             before, after = (MethodType(_uncompiled(method), self) for method in (Tape._before, Tape._after))
-        if not (self.rules or self._wary):
-            before, after = self._of_the_model(before), self._of_the_model(after)
+            if not (self.rules or self._wary):
+                before, after = self._untraced(before, self._before), self._untraced(after, self._after)
         self._own = [before, after]
         _INSTALLED.add(self)
         self._handles.append(hooks.register_module_forward_pre_hook(before))
         # after errors too: whatever stepped aside for the forward must come back
         self._handles.append(hooks.register_module_forward_hook(after, with_kwargs=True, always_call=True))
 
-    def _of_the_model(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook, where the layers within are of no interest."""
+    def _untraced(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, where the layers within are of little interest: a compiler shall not stop at each of them."""
         model = self.model
 
         def seen(module: nn.Module, *given: Any) -> Any:
-            return hook(module, *given) if module is model else None
+            if torch.compiler.is_compiling():
+                return compiled(module, *given) if module is model else None
+            return plain(module, *given)
 
         return seen
 
@@ -246,15 +252,21 @@ class Tape:
     def carry(self, edge: Edge, tensor: Tensor) -> None:
         """Say of `tensor` that it is the same output of the model as the one at `edge`."""
         mark = self.mark(edge)
-        if mark is not None and mark.output:
-            note = self._note(tensor)
+        if mark is None or not (mark.output or mark.trail):
+            return
+        note = self._note(tensor)
+        if mark.output:
             note.output, note.selected = mark.output, note.selected or mark.selected
+        if mark.trail and mark.trail is not note.trail:
+            note.trail = mark.trail + (note.trail or [])
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if threading.get_ident() != self._thread:
             return
+        name = self.names.get(module)
         if module is self.model:
             self.around[0]()
+            self._calls.anew()
             self._forget_the_last()
             if module._forward_hooks:  # they may change the output, and run after ours: be the last of them
 
@@ -265,7 +277,10 @@ class Tape:
                 self._last.append(see)
                 module.register_forward_hook(see, with_kwargs=True)
                 self.hooks += 1
-        if not self._wary or (name := self.names.get(module)) is None or not torch.is_grad_enabled():
+        if name is None:
+            return
+        self._calls.begin(name)
+        if not self._wary or not torch.is_grad_enabled():
             return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise mixing_batchnorm(f"layer {name!r} ({type(module).__name__})")
@@ -278,21 +293,35 @@ class Tape:
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _FAILED) -> None:
         if threading.get_ident() != self._thread:
             return
-        root = module is self.model
+        root, name = module is self.model, self.names.get(module)
         try:
+            if name is not None:
+                self._over(name, module, output)
             if output is _FAILED:
                 if root:
                     self._forget_the_last()
                 return
-            if self.rules and isinstance(output, Tensor) and output.grad_fn is not None:
-                name = self.names.get(module)
-                if name is not None:
-                    self._layer(module, name, args, kwargs, output)
+            if self.rules and name is not None and isinstance(output, Tensor) and output.grad_fn is not None:
+                self._layer(module, name, args, kwargs, output)
             if root and not self._last:
                 self._root(args, kwargs, output)
         finally:
             if root:
                 self.around[1]()
+
+    def _over(self, name: str, module: nn.Module, output: Any) -> None:
+        """A call is: note it, and hang all that lie within the outermost on what that returned."""
+        calls = self._calls
+        first = calls.end(name)
+        if first is None or output is _FAILED:
+            return
+        shape = output.shape if isinstance(output, Tensor) else next((t.shape for _, t in leaves(output)), ())
+        calls.over.append((name, type(module).__name__, shape, first, sequence()))
+        if not calls.begun:
+            for tensor in [output] if isinstance(output, Tensor) else [t for _, t in leaves(output)]:
+                if tensor.grad_fn is not None:
+                    mark = self._note(tensor)
+                    mark.trail = calls.over if mark.trail is None else mark.trail + calls.over
 
     def _layer(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         if len(args) + len(kwargs) != 1:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hookjac import given, tables
+from hookjac import given
 from hookjac.extend import extend
 from hookjac.quantity import Jac
 from hookjac.rule import lookup
 from hookjac.samples import random
+from hookjac.tables import Table
 
 
 def grad(output: Tensor, inputs: Tensor, seed: Tensor | None = None) -> Tensor:
@@ -172,7 +173,7 @@ class Report:
         table = [("parameter", "quantity", "road", "error", "", "why")]
         table += [(r.parameter, r.quantity, r.road, r.shapes or f"{r.error:.0e}", "ok" if r.fine else "WRONG", r.why)
                   for r in self.rows]  # fmt: skip
-        return tables.plain(table)
+        return Table(table).plain()
 
     __repr__ = __str__
 

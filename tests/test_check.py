@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, C, Case, D, N, random_loss
+from cases import CASES, C, Case, D, Fn, N, random_loss
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hookjac
 from hookjac import HookjacError
@@ -258,3 +259,11 @@ def test_command_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         done = CliRunner().invoke(main, ["check", "those:two", "grad_sample", "ggn_diag", *more])
         assert done.exit_code == code, done.output
         assert said in done.output
+
+
+def test_a_reentrant_checkpoint_is_refused() -> None:
+    """PyTorch serves no autograd.grad through it."""
+    model = Fn(lambda m, x: m.c(checkpoint(m.b, m.a(x), use_reentrant=True)), a=nn.Linear(D, D), b=nn.Tanh(),
+               c=nn.Linear(D, C))  # fmt: skip
+    with pytest.raises(HookjacError, match="use_reentrant=False"):
+        hookjac.check(model, torch.randn(N, D), lambda out: out.square().sum())
