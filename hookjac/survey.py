@@ -137,7 +137,7 @@ class Survey:
         found = self.through + self.masked
         for form in self._forms(1).values():
             if form is not None:
-                form.sum()  # leaves patches there: a convolution's own backward does without
+                _counted(form.sum)  # leaves patches there: a convolution's own backward does without
                 found += _counted(form.sum)[0]
         return found
 
