@@ -29,7 +29,8 @@ Trail = list[tuple[str, str, tuple[int, ...], int, int]]  # `Called`, but quicke
 
 
 class Calls:
-    """Those that are under way, and those within the outermost of them that are over."""
+    """Those that are under way, `begun`, each as its name and `sequence()`; and those within the outermost of them that
+    are over."""
 
     __slots__ = ("begun", "over")
 
@@ -41,19 +42,19 @@ class Calls:
         """The outermost begins. One that was interrupted may never have ended."""
         self.begun, self.over = [], []
 
-    def begin(self, name: str) -> None:
-        if not self.begun:
-            self.over = []
-        self.begun.append((name, sequence()))
-
-    def end(self, name: str) -> int | None:
-        """The number at which it began; None if that was not seen."""
+    def end(self, name: str) -> int:
+        """The number at which it began; -1 if that was not seen."""
         begun = self.begun
         while begun:
             at, first = begun.pop()
-            if at == name:
+            if at is name or at == name:
                 return first  # those above it failed, and whoever called them caught the error
-        return None
+        return -1
+
+    def taken(self) -> Trail:
+        """What is over, once the outermost is."""
+        trail, self.over = self.over, []
+        return trail
 
 
 def listed(trails: Iterable[Trail], *, reopened: bool = False) -> list[Called]:

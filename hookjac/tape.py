@@ -279,7 +279,7 @@ class Tape:
                 self.hooks += 1
         if name is None:
             return
-        self._calls.begin(name)
+        self._calls.begun.append((name, sequence()))
         if not self._wary or not torch.is_grad_enabled():
             return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
@@ -312,16 +312,21 @@ class Tape:
     def _over(self, name: str, module: nn.Module, output: Any) -> None:
         """A call is: note it, and hang all that lie within the outermost on what that returned."""
         calls = self._calls
-        first = calls.end(name)
-        if first is None or output is _FAILED:
+        begun = calls.begun
+        at, first = begun.pop() if begun else ("", -1)
+        if at is not name:
+            first = calls.end(name)
+        if first >= 0 and output is not _FAILED:
+            shape = output.shape if isinstance(output, Tensor) else next((t.shape for _, t in leaves(output)), ())
+            calls.over.append((name, type(module).__name__, shape, first, sequence()))
+        if begun:
             return
-        shape = output.shape if isinstance(output, Tensor) else next((t.shape for _, t in leaves(output)), ())
-        calls.over.append((name, type(module).__name__, shape, first, sequence()))
-        if not calls.begun:
+        trail = calls.taken()
+        if output is not _FAILED:
             for tensor in [output] if isinstance(output, Tensor) else [t for _, t in leaves(output)]:
                 if tensor.grad_fn is not None:
                     mark = self._note(tensor)
-                    mark.trail = calls.over if mark.trail is None else mark.trail + calls.over
+                    mark.trail = trail if mark.trail is None else mark.trail + trail
 
     def _layer(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         if len(args) + len(kwargs) != 1:
