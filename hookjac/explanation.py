@@ -99,7 +99,7 @@ class Explanation:
     def _tables(self) -> list[Table]:
         found: list[Table] = []
         if self._asked:
-            layers = [("layer", "", "output", "road", "columns", "FLOPs of one", "why")]
+            layers = [("layer", "class", "output", "road", "columns", "FLOPs of one", "why")]
             for a in self.layers:
                 cost = f"{a.flops:.1e}" if a.columns else ""
                 layers.append((a.layer or "(between)", a.kind, _sized(a.shape), a.road, a.columns, cost, a.why))
@@ -203,7 +203,8 @@ def _layers(plan: Plan) -> list[Layer]:
         layers.append(_layer(plan, seen, note.module, [key]))
         between.remove(key)
     if between:
-        layers.append(_row(plan, Called("", f"{len(between)} autograd nodes", (), 0, 0), "made in no layer", between))
+        nodes = f"{len(between)} autograd node{'s' if len(between) > 1 else ''}"
+        layers.append(_row(plan, Called("", nodes, (), 0, 0), "made in no layer", between))
     return layers
 
 

@@ -123,6 +123,11 @@ class extend:
                     f"parameter {name!r} is complex ({p.dtype}): its Jacobian and Hessian depend on a convention that "
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
+            if p.is_meta:
+                raise HookjacError(
+                    f"parameter {name!r} is on the meta device, which holds no data: there is nothing to differentiate. "
+                    "Give it some with model.to_empty(device='cpu'); for a forecast of the cost any values will do."
+                )
         self._demand_alone(params)
         for q in self.quantities:
             if q.opens is not None:

@@ -109,6 +109,14 @@ def leaves(found: Any, path: str = "output", within: tuple[int, ...] = ()) -> It
             yield from leaves(getattr(found, entry.name, None), f"{path}.{entry.name}", within)
 
 
+def _inside(output: Any) -> list[Tensor]:
+    """All tensors, where it lets itself be looked at: what a layer within returns is the model's own affair."""
+    try:
+        return [t for _, t in leaves(output)]
+    except Exception:
+        return []
+
+
 def select(output: Any, how: Select) -> Tensor:
     """The differentiated tensor of a model's output."""
     if how is None and isinstance(output, Tensor) and output.requires_grad:
@@ -317,13 +325,13 @@ class Tape:
         if at is not name:
             first = calls.end(name)
         if first >= 0 and output is not _FAILED:
-            shape = output.shape if isinstance(output, Tensor) else next((t.shape for _, t in leaves(output)), ())
+            shape = output.shape if isinstance(output, Tensor) else next((t.shape for t in _inside(output)), ())
             calls.over.append((name, type(module).__name__, shape, first, sequence()))
         if begun:
             return
         trail = calls.taken()
         if output is not _FAILED:
-            for tensor in [output] if isinstance(output, Tensor) else [t for _, t in leaves(output)]:
+            for tensor in [output] if isinstance(output, Tensor) else _inside(output):
                 if tensor.grad_fn is not None:
                     mark = self._note(tensor)
                     mark.trail = trail if mark.trail is None else mark.trail + trail
