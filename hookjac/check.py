@@ -127,12 +127,18 @@ def _copied(model: nn.Module) -> nn.Module:
                 "scale_grad_by_freq=True) forget the scale. Check a copy of the model without that option."
             )
     try:
-        return copy.deepcopy(model).double()
+        twin = copy.deepcopy(model).double()
     except RuntimeError as error:
         raise HookjacError(
             f"check works on a copy in float64, and this model cannot be copied ({str(error).split('.')[0]}). Remove "
             "what keeps computed tensors on its modules, such as torch.nn.utils.prune."
         ) from error
+    if not all(p.is_leaf for p in twin.parameters()):
+        raise HookjacError(
+            f"check works on a copy in float64, and that of this {type(model).__name__} has parameters that are no "
+            "leaves of autograd's graph. Check the model that was scripted."
+        )
+    return twin
 
 
 def _cast(inputs: Any) -> Any:

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -290,7 +290,7 @@ class Tape:
         self._calls.begun.append((name, sequence()))
         if not self._wary or not torch.is_grad_enabled():
             return
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        if _mixes(module):
             raise mixing_batchnorm(f"layer {name!r} ({type(module).__name__})")
         if isinstance(module, nn.DataParallel):
             raise HookjacError(
@@ -425,6 +425,22 @@ def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     """The reason is what PyTorch says where a model was compiled with fullgraph=True."""
     why = "hookjac's forward hooks run uncompiled: inside an extend block, compile without fullgraph=True"
     return torch.compiler.disable(hook, reason=why)
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Does it normalise with the statistics of the batch? Scripted, too, when it has a class of another name."""
+    scripted = str(getattr(module, "original_name", "")).startswith("BatchNorm")
+    if not scripted and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return False
+    return module.training or getattr(module, "running_mean", None) is None
+
+
+def demand_seen(names: Mapping[nn.Module, str], seen: Collection[str]) -> None:
+    """Refuse, where a graph has nodes of compiled code, what may mix samples within and was not seen to be called."""
+    for module, name in names.items():
+        if name not in seen and _mixes(module):
+            kind = getattr(module, "original_name", type(module).__name__)
+            raise mixing_batchnorm(f"layer {name!r} ({kind}), hidden in compiled code,")
 
 
 def mixing_batchnorm(where: str) -> HookjacError:

@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,15 @@ def test_a_reentrant_checkpoint_is_refused() -> None:
                c=nn.Linear(D, C))  # fmt: skip
     with pytest.raises(HookjacError, match="use_reentrant=False"):
         hookjac.check(model, torch.randn(N, D), lambda out: out.square().sum())
+
+
+def test_a_scripted_model_is_refused() -> None:
+    """Its deepcopy has parameters that hang on those of the original."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        scripted: Any = torch.jit.script(nn.Sequential(nn.Linear(D, C)))
+    with pytest.raises(HookjacError, match="Check the model that was scripted"):
+        hookjac.check(scripted, torch.randn(N, D), lambda out: out.square().sum())
+    with pytest.raises(HookjacError, match=r"parameter '0\.weight' is no leaf of autograd's graph"):
+        with hookjac.extend(copy.deepcopy(scripted)):
+            pass

@@ -524,3 +524,43 @@ def test_a_bill_does_not_depend_on_who_was_billed_before() -> None:
     for _ in range(2):
         (q,) = after(model.eval(), x, "grad_sample").quantities.values()
         assert q == explain(model, x, "grad_sample").quantities["grad_sample"]
+
+
+def test_a_scripted_model() -> None:
+    """Its layers call no hooks, and its buffers are kept in no dict."""
+    model = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, C)).eval()
+    x = torch.randn(N, D)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        scripted: Any = torch.jit.script(model)
+    for _ in range(3):  # the graph that it optimises is another one
+        told = explain(scripted, x, "grad_sample")
+        assert [layer.layer for layer in told.layers] == [""]
+        scripted.zero_grad()
+        with extend(scripted, "grad_sample", "ggn_diag"):
+            scripted(x).square().sum().backward()
+        with extend(model, "grad_sample", "ggn_diag"):
+            model(x).square().sum().backward()
+        for p, right in zip(scripted.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad_sample, right.grad_sample)
+            torch.testing.assert_close(p.ggn_diag, right.ggn_diag)
+
+
+def test_what_a_layer_within_returns_is_the_models_own_affair() -> None:
+    class Shy(dict[str, Tensor]):
+        def items(self) -> Any:
+            raise RuntimeError("do not look")
+
+        __iter__ = keys = values = items  # type: ignore[assignment]
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.own = nn.Linear(D, C), par(C)
+
+        def forward(self, x: Tensor) -> Shy:
+            return Shy(h=self.a(x) * self.own)
+
+    model = Fn(lambda m, x: m.inner(x)["h"], inner=Inner())
+    for told in (explain(model, torch.randn(N, D), "grad_sample"), after(model, torch.randn(N, D), "grad_sample")):
+        assert layers(told) == [("inner.a", "Linear", (N, C)), ("inner", "Inner", ())]
