@@ -29,20 +29,27 @@ def explain(
 
         print(hookjac.explain(model, x, loss_fn=lambda out: F.cross_entropy(out, y)))
 
+    A *road* is how results are found: by a closed form (a rule), by the formulas of autograd's own nodes, or sample by
+    sample where no rule helps. A *column* is what an ordinary backward carries down from the loss, a cotangent of every
+    tensor that it passes; a quantity needs one or several.
+
     The model runs forward once, on the same random numbers as before and after, and what it keeps in buffers is put
     back; no backward runs, and nothing of a result's size is made. inputs: a tensor, a tuple of arguments, or a dict of
-    them. quantities: names or records; all, if none are named. loss_fn: of what the model returns; if none is given,
-    half the sum of squares of the selected output. output: as for `extend`.
+    arguments by name (a model that takes a list or a dict itself: a tuple of it). quantities: names or records; all, if
+    none are named. loss_fn: of what the model returns; if none is given, half the sum of squares of the selected
+    output. output: as for `extend`.
 
     Returns an `Explanation`: tables of layers, of parameters and of quantities, for a terminal or a notebook, or as
     data: `.rows`, `.layers`, `.quantities`, `.to_dict()`. FLOPs are counted from sizes; "backwards" are in units of a
     plain one, and count the step's own, which carries a single column anyway. Curvature counts D columns, one for each
-    entry of a sample's outputs (under cross entropy one less will do). What would be refused says why.
+    entry of a sample's outputs (under cross entropy one less will do). A quantity that would be refused says why; what
+    no block would serve (batch normalisation in training) is refused here, too, and what the model raises is raised.
 
     Cost: a forward; where `hess_diag` is asked for and the model is not piecewise linear, also one column's walk, to
     see where it bends.
     """
     asked = quantities or tuple(names())
+    given.model("explain", model)
     given.function(optional=True, loss_fn=loss_fn)
     args, kwargs = arguments(inputs)
     block = _Foreseeing(model, *asked, output=output)

@@ -25,7 +25,13 @@ from hookjac.tables import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its layer, the road of its first-order results, the road of `hess_diag`."""
+    """One parameter: the class of its layer, the road of its first-order results and why, the road of `hess_diag`.
+
+    road: "rule": `why` names the closed forms that give each sample's part, of its layer or of autograd's nodes;
+    "masked columns": no rule helps, and columns with one sample's rows each go down to it (N times the work of that
+    stretch); "rule + masked columns": it is used in both ways; "shared equally": only a penalty reaches it; "zero".
+    hessian: "columns", "features" or "entries" (see `HessDiag`), where a road was chosen for it; else "".
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -59,10 +65,10 @@ class Layer:
 class Explanation:
     """Rows for layers, parameters and quantities; printable, in a notebook, too.
 
-    rows: of parameters. layers. quantities: the bill of every quantity asked for, by name: see `Bill`. flops: of
-    `hess_diag`, where a road had to be chosen for it. What a bill says is counted from sizes: FLOPs of products by
-    PyTorch's own formulas, one for each entry of all else. The time that they take is another matter: memory that is
-    written for the first time, and overheads, are not in it.
+    rows: of parameters, a `Row` each. layers: a `Layer` for each call of one. quantities: by name, the `Bill` of each
+    that was asked for. flops: of `hess_diag`, where a road had to be chosen for it. What a bill says is counted from
+    sizes: FLOPs of products by PyTorch's own formulas, one for each entry of all else. The time that they take is
+    another matter: memory that is written for the first time, and overheads, are not in it.
     """
 
     def __init__(
