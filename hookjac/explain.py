@@ -14,6 +14,7 @@ from hookjac.explanation import Explanation
 from hookjac.extend import extend
 from hookjac.members import Members, as_it_was
 from hookjac.quantity import Quantity, names
+from hookjac.sharded import whole_awhile
 from hookjac.tape import Select, select
 from hookjac.watch import Start
 
@@ -44,6 +45,7 @@ def explain(
     plain one, and count the step's own, which carries a single column anyway. Curvature counts D columns, one for each
     entry of a sample's outputs (under cross entropy one less will do). A quantity that would be refused says why; what
     no block would serve (batch normalisation in training) is refused here, too, and what the model raises is raised.
+    Under `fully_shard` it is collective, as a forward is, and tells of the rank's own samples and of whole parameters.
 
     Cost: a forward; where `hess_diag` is asked for and the model is not piecewise linear, also one column's walk, to
     see where it bends.
@@ -69,8 +71,9 @@ class _Foreseeing(extend):
 
     def _backward(self, start: Start) -> None:
         assert self._service is not None
-        members = Members(self.model)
-        self.foreseen = self._service.foresee(start, members, members.trainable)
+        with whole_awhile(self._shards):
+            members = Members(self.model)
+            self.foreseen = self._service.foresee(start, members, members.trainable)
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -237,15 +237,19 @@ def _walked(plan: Plan, keys: Sequence[Key]) -> Sequence[Key]:
 def _layer(plan: Plan, call: Called, module: nn.Module, keys: Sequence[Key], none: str = "") -> Layer:
     """none: why it has no station."""
     route, reasons, keys = plan.route, [none] if none else [], _walked(plan, keys)
+    passed = any(k in plan.through or k in plan.visit or k in plan.masked for k in keys)
+    kinds = dict.fromkeys(type(k).__name__ for k in keys if k in plan.uses.at and k not in route.calls)
     if any(k in route.calls for k in keys):
         reasons.append(claimed(module)[1])
-    kinds = dict.fromkeys(type(k).__name__ for k in keys if k in plan.uses.at and k not in route.calls)
-    if kinds:
-        reasons.append(f"by its node{'s' if len(kinds) > 1 else ''} {', '.join(kinds)}")
-    if any(k not in route.calls for k in keys):
+        if not all(k in route.calls for k in keys):
+            reasons.append("nodes of hooks beside it")
+    elif passed:
+        reasons += [f"by its node{'s' if len(kinds) > 1 else ''} {', '.join(kinds)}"] if kinds else []
         reasons.append(_why_by_nodes(plan, module, keys))
     if keys and not any(k in plan.needed for k in keys):
         reasons.append("no trainable parameter in it or below")
+    elif keys and not passed:
+        reasons.append("columns go past it")
     return _row(plan, call._replace(name=call.name or "(model)"), "; ".join(reasons), keys)
 
 

@@ -252,6 +252,17 @@ def modified(m: Any, x: Tensor) -> Tensor:
     return found
 
 
+def forces(m: Any, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    energy = m.b(m.a(x).tanh()).sum()
+    return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def halved(model: nn.Module) -> nn.Module:
+    model.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    return model
+
+
 REASONS: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
     "a closed form": (lambda: mlp(nn.Tanh), "0", "rule 'linear'", "rule for its class"),
     "no rule": (lambda: nn.Sequential(nn.Linear(D, 4), nn.MaxPool1d(1), nn.Linear(4, C)), "1", "autograd's nodes",
@@ -268,6 +279,10 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
                         "by its node AddmmBackward0; has a forward of its own"),
     "modified": (lambda: Fn(modified, a=nn.Linear(D, 4), b=nn.Flatten()), "b", "none",
                  "no graph: frozen, no grad, or its input handed on"),
+    "hooked": (lambda: nn.Sequential(nn.Linear(D, 4), halved(nn.Linear(4, C))), "1", "rule 'linear' and autograd's nodes",
+               "rule for its class; nodes of hooks beside it"),
+    "past it": (lambda: Fn(forces, a=nn.Linear(D, 4), b=nn.Linear(4, 1)), "b", "autograd's nodes",
+                "columns go past it"),
     "frozen": (frozen, "1", "none", "no graph: frozen, no grad, or its input handed on"),
     "without grad": (lambda: Fn(without_grad, a=nn.Linear(D, D), b=nn.Linear(D, C)), "a", "none",
                      "no graph: frozen, no grad, or its input handed on"),
