@@ -249,7 +249,9 @@ def _layer(plan: Plan, call: Called, module: nn.Module, keys: Sequence[Key], non
     if keys and not any(k in plan.needed for k in keys):
         reasons.append("no trainable parameter in it or below")
     elif keys and not passed:
-        reasons.append("columns go past it")
+        chains = {edge.node for uses in plan.uses.of.values() for use in uses for edge in use.chain}
+        alone = any(k in chains for k in keys)
+        reasons.append("made of weights alone: served where it is used" if alone else "columns go past it")
     return _row(plan, call._replace(name=call.name or "(model)"), "; ".join(reasons), keys)
 
 
