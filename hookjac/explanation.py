@@ -251,7 +251,7 @@ def _layer(plan: Plan, call: Called, module: nn.Module, keys: Sequence[Key], non
     elif keys and not passed:
         chains = {edge.node for uses in plan.uses.of.values() for use in uses for edge in use.chain}
         alone = any(k in chains for k in keys)
-        reasons.append("made of weights alone: served where it is used" if alone else "columns go past it")
+        reasons.append("made of weights alone: served where it is used" if alone else "no column passes it")
     return _row(plan, call._replace(name=call.name or "(model)"), "; ".join(reasons), keys)
 
 

@@ -284,8 +284,8 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
     "of weights": (lambda: Fn(lambda m, x: m.b(x.unsqueeze(1) + m.p(torch.arange(3).unsqueeze(0))).mean(1),
                               p=nn.Embedding(3, D), b=nn.Linear(D, C)), "p", "autograd's nodes",
                    "made of weights alone: served where it is used"),
-    "past it": (lambda: Fn(forces, a=nn.Linear(D, 4), b=nn.Linear(4, 1)), "b", "autograd's nodes",
-                "columns go past it"),
+    "forces": (lambda: Fn(forces, a=nn.Linear(D, 4), b=nn.Linear(4, 1)), "b", "autograd's nodes",
+               "made of weights alone: served where it is used"),
     "frozen": (frozen, "1", "none", "no graph: frozen, no grad, or its input handed on"),
     "without grad": (lambda: Fn(without_grad, a=nn.Linear(D, D), b=nn.Linear(D, C)), "a", "none",
                      "no graph: frozen, no grad, or its input handed on"),
@@ -308,6 +308,24 @@ def test_every_layer_has_a_road_and_a_reason(name: str) -> None:
         by = {one.layer: one for one in told.layers}
         assert (by[layer].road, by[layer].why) == (road, why)
         assert all(one.why for one in told.layers)
+
+
+def test_a_layer_that_makes_a_penalty() -> None:
+    class Penalty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = par(D)
+
+        def forward(self) -> Tensor:
+            return self.w.square().sum()
+
+    model = Fn(lambda m, x: {"logits": m.a(x), "penalty": m.p()}, a=nn.Linear(D, C), p=Penalty())
+    told = explain(model, torch.randn(N, D), "grad_sample", output="logits",
+                   loss_fn=lambda out: entropy(out["logits"]) + out["penalty"])  # fmt: skip
+    assert [(one.layer, one.columns, one.why) for one in told.layers[:2]] == [
+        ("a", "V", "rule for its class"), ("p", "", "no column passes it"),
+    ]  # fmt: skip
+    assert told.to_dict()["parameters"]["p.w"]["road"] == "shared equally"
 
 
 def test_nothing_is_to_be_differentiated_below() -> None:
