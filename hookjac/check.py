@@ -50,7 +50,8 @@ def check(
     and Hessian in the outputs also gives entry k of per-sample gradients, their squares and variance, and of the
     Gauss-Newton diagonal; a row of the Hessian by a second backward; a sample's norm by its own backward. Half of the
     entries are drawn, from `seed`, where the gradient is not zero. kfac is held to its definition only by the library's
-    own tests and is refused here, as are random estimates.
+    own tests and is refused here, as are random estimates; so are models that plain autograd cannot answer for
+    (reentrant checkpoints) or that cannot be copied. Frozen parameters are left out.
 
     Returns a `Report`: parameter, quantity, road, largest error relative to the largest entry seen, verdict. `fine`
     tells whether all errors are below `rtol` (or 1e-13 by themselves); a model that rounds to float32 inside needs one
