@@ -124,8 +124,8 @@ def root(t: Tensor) -> Tensor:
 
 
 def eigen(metric: Tensor) -> tuple[Tensor, Tensor]:  # [N, V, V] -> [N, V], [N, V, V]
-    """Eigenvalues and eigenvectors of each sample's, or each group's. Where entries are not finite, they are not
-    numbers: to LAPACK one such would be an error for all."""
+    """Eigenvalues and eigenvectors of each sample's. Where entries are not finite, they are not numbers: to LAPACK one
+    such sample would be an error for all."""
     fine = metric.isfinite().all(-1).all(-1)
     values, vectors = torch.linalg.eigh(torch.where(fine[:, None, None], metric, 0))
     return torch.where(fine[:, None], values, torch.nan), torch.where(fine[:, None, None], vectors, torch.nan)
