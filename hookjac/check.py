@@ -50,7 +50,8 @@ def check(
     and Hessian in the outputs also gives entry k of per-sample gradients, their squares and variance, and of the
     Gauss-Newton diagonal; a row of the Hessian by a second backward; a sample's norm by its own backward. Half of the
     entries are drawn, from `seed`, where the gradient is not zero. kfac is held to its definition only by the library's
-    own tests and is refused here, as are random estimates.
+    own tests and is refused here, as are random estimates; so are models that plain autograd cannot answer for
+    (reentrant checkpoints) or that cannot be copied. Frozen parameters are left out.
 
     Returns a `Report`: parameter, quantity, road, largest error relative to the largest entry seen, verdict. `fine`
     tells whether all errors are below `rtol` (or 1e-13 by themselves); a model that rounds to float32 inside needs one
@@ -84,11 +85,12 @@ def check(
         )
     told, rows = ext.explain().to_dict()["parameters"], []
     draw = torch.Generator().manual_seed(seed)
-    for name, p in trainable(twin).items():
-        picks = _picks(p, entries, draw)
-        for q in asked:
-            road = told[name]["hessian"] if q.startswith("hess") and told[name]["hessian"] else told[name]["road"]
-            rows.append(_row(name, q, road, told[name]["why"], _CHECKS[q](truth, p, getattr(p, q), picks), rtol))
+    with _in_our_words():
+        for name, p in trainable(twin).items():
+            picks = _picks(p, entries, draw)
+            for q in asked:
+                road = told[name]["hessian"] if q.startswith("hess") and told[name]["hessian"] else told[name]["road"]
+                rows.append(_row(name, q, road, told[name]["why"], _CHECKS[q](truth, p, getattr(p, q), picks), rtol))
     return Report(rows)
 
 
@@ -105,6 +107,11 @@ def _in_our_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "use_reentrant" in str(error) and not isinstance(error, HookjacError):
+            raise HookjacError(
+                "check compares with torch.autograd.grad, which a checkpoint with use_reentrant=True does not serve. "
+                "Check a copy of the model with use_reentrant=False, or without checkpoints: the numbers are the same."
+            ) from error
         if isinstance(error, HookjacError) or not re.search("scalar type|same dtype|dtype", str(error)):
             raise
         raise HookjacError(
@@ -121,12 +128,18 @@ def _copied(model: nn.Module) -> nn.Module:
                 "scale_grad_by_freq=True) forget the scale. Check a copy of the model without that option."
             )
     try:
-        return copy.deepcopy(model).double()
+        twin = copy.deepcopy(model).double()
     except RuntimeError as error:
         raise HookjacError(
             f"check works on a copy in float64, and this model cannot be copied ({str(error).split('.')[0]}). Remove "
             "what keeps computed tensors on its modules, such as torch.nn.utils.prune."
         ) from error
+    if not all(p.is_leaf for p in twin.parameters()):
+        raise HookjacError(
+            f"check works on a copy in float64, and that of this {type(model).__name__} has parameters that are no "
+            "leaves of autograd's graph. Check the model that was scripted."
+        )
+    return twin
 
 
 def _cast(inputs: Any) -> Any:

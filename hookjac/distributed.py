@@ -50,6 +50,8 @@ def inverse(matrices: Sequence[Tensor], group: Group | Literal["world"]) -> list
 
     def work(t: Tensor) -> list[Tensor]:
         found = inverted(t)
+        if not bool(t.isfinite().all()):
+            raise HookjacError("it has entries that are not finite, and so no inverse")
         if found is None:
             raise HookjacError("it is not positive definite. Raise its diagonal (a larger damping)")
         return [found]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from hookjac import given
 from hookjac.errors import HookjacError
-from hookjac.explanation import Called, Explanation
+from hookjac.explanation import Explanation
 from hookjac.extend import extend
 from hookjac.members import Members, as_it_was
 from hookjac.quantity import Quantity, names
-from hookjac.tape import Select, leaves, select
+from hookjac.sharded import whole_awhile
+from hookjac.tape import Select, select
 from hookjac.watch import Start
 
 
@@ -32,26 +30,33 @@ def explain(
 
         print(hookjac.explain(model, x, loss_fn=lambda out: F.cross_entropy(out, y)))
 
+    A *road* is how results are found: by a closed form (a rule), by the formulas of autograd's own nodes, or sample by
+    sample where no rule helps. A *column* is what an ordinary backward carries down from the loss, a cotangent of every
+    tensor that it passes; a quantity needs one or several.
+
     The model runs forward once, on the same random numbers as before and after, and what it keeps in buffers is put
     back; no backward runs, and nothing of a result's size is made. inputs: a tensor, a tuple of arguments, or a dict of
-    them. quantities: names or records; all, if none are named. loss_fn: of what the model returns; if none is given,
-    half the sum of squares of the selected output. output: as for `extend`.
+    arguments by name (a model that takes a list or a dict itself: a tuple of it). quantities: names or records; all, if
+    none are named. loss_fn: of what the model returns; if none is given, half the sum of squares of the selected
+    output. output: as for `extend`.
 
     Returns an `Explanation`: tables of layers, of parameters and of quantities, for a terminal or a notebook, or as
     data: `.rows`, `.layers`, `.quantities`, `.to_dict()`. FLOPs are counted from sizes; "backwards" are in units of a
     plain one, and count the step's own, which carries a single column anyway. Curvature counts D columns, one for each
-    entry of a sample's outputs (under cross entropy one less will do). What would be refused says why.
+    entry of a sample's outputs (under cross entropy one less will do). A quantity that would be refused says why; what
+    no block would serve (batch normalisation in training) is refused here, too, and what the model raises is raised.
+    Under `fully_shard` it is collective, as a forward is, and tells of the rank's own samples and of whole parameters.
 
     Cost: a forward; where `hess_diag` is asked for and the model is not piecewise linear, also one column's walk, to
     see where it bends.
     """
     asked = quantities or tuple(names())
+    given.model("explain", model)
     given.function(optional=True, loss_fn=loss_fn)
     args, kwargs = arguments(inputs)
     block = _Foreseeing(model, *asked, output=output)
     with block, as_it_was(model), torch.enable_grad():
-        with block.watching():
-            out = model(*args, **kwargs)
+        out = model(*args, **kwargs)
         loss = _half_squares(select(out, output)) if loss_fn is None else loss_fn(out)
         given.loss("loss_fn", loss)
         loss.backward()
@@ -64,49 +69,11 @@ class _Foreseeing(extend):
     _passing = False
     foreseen: Explanation
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._called: list[Called] = []
-
     def _backward(self, start: Start) -> None:
         assert self._service is not None
-        members = Members(self.model)
-        self.foreseen = self._service.foresee(start, members, members.trainable, self._called)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note the calls of layers: of modules without children, or with parameters of their own."""
-        names = Members(self.model).modules
-        begun: list[tuple[nn.Module, int]] = []
-        sequence = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
-
-        def a_layer(module: nn.Module) -> bool:
-            own = any(p is not None for p in module._parameters.values())
-            return module in names and (own or not any(True for _ in module.children()))
-
-        def before(module: nn.Module, args: Any) -> None:
-            if a_layer(module):
-                begun.append((module, sequence()))
-
-        def after(module: nn.Module, args: Any, out: Any) -> None:
-            if a_layer(module):
-                shape = next((tuple(t.shape) for _, t in leaves(out)), ())
-                last = sequence()
-                while begun[-1][0] is not module:  # one that failed, and whose error the model caught
-                    begun.pop()
-                self._called.append(
-                    Called(names[module] or "(model)", type(module).__name__, shape, begun.pop()[1], last)
-                )
-
-        hooks: list[RemovableHandle] = []
-        try:
-            # behind our own, which must be the first to see what a layer made
-            hooks.append(register_module_forward_pre_hook(before))
-            hooks.append(register_module_forward_hook(after))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with whole_awhile(self._shards):
+            members = Members(self.model)
+            self.foreseen = self._service.foresee(start, members, members.trainable)
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,20 +10,28 @@ from typing import Any
 
 from torch import nn
 
-from hookjac import tables
+from hookjac.called import Called, listed
+from hookjac.checkpoints import is_hidden
 from hookjac.graph import Edge
 from hookjac.memory import said
 from hookjac.plan import Plan
 from hookjac.quantity.record import Quantity
 from hookjac.roads import Roads, station
 from hookjac.route import Key
-from hookjac.rule import lookup
+from hookjac.rule import claimed, lookup
 from hookjac.survey import Bill, Survey, survey
+from hookjac.tables import Table
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its layer, the road of its first-order results, the road of `hess_diag`."""
+    """One parameter: the class of its layer, the road of its first-order results and why, the road of `hess_diag`.
+
+    road: "rule": `why` names the closed forms that give each sample's part, of its layer or of autograd's nodes;
+    "masked columns": no rule helps, and columns with one sample's rows each go down to it (N times the work of that
+    stretch); "rule + masked columns": it is used in both ways; "shared equally": only a penalty reaches it; "zero".
+    hessian: "columns", "features" or "entries" (see `HessDiag`), where a road was chosen for it; else "".
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -37,9 +45,12 @@ class Row:
 class Layer:
     """One call of a layer, in the order of the forward; or "", all autograd nodes that no layer made.
 
-    shape: of its output. road: the rule that serves it, or autograd's nodes. columns: "V" where columns of all samples
-    pass it together, "V N" where each sample's go by themselves, "" where none do. flops: of one column (of all
-    samples) through it. After a backward only layers that a rule serves are told from what lies between.
+    A layer is a module without children, or with parameters of its own. shape: of its output (of the first tensor in
+    it). road: the rule that serves it, or autograd's nodes, or none. why: it is that one. columns: "V" where columns of
+    all samples pass it together, "V N" where each sample's go by themselves, "" where none do. flops: of one column (of
+    all samples) through it.
+
+    A quick step, whose columns go by what is known of the graphs of a model that was met before, looks at nodes only.
     """
 
     layer: str
@@ -48,15 +59,16 @@ class Layer:
     road: str
     columns: str
     flops: float
+    why: str = ""
 
 
 class Explanation:
     """Rows for layers, parameters and quantities; printable, in a notebook, too.
 
-    rows: of parameters. layers. quantities: the bill of every quantity asked for, by name: see `Bill`. flops: of
-    `hess_diag`, where a road had to be chosen for it. What a bill says is counted from sizes: FLOPs of products by
-    PyTorch's own formulas, one for each entry of all else. The time that they take is another matter: memory that is
-    written for the first time, and overheads, are not in it.
+    rows: of parameters, a `Row` each. layers: a `Layer` for each call of one. quantities: by name, the `Bill` of each
+    that was asked for. flops: of `hess_diag`, where a road had to be chosen for it. What a bill says is counted from
+    sizes: FLOPs of products by PyTorch's own formulas, one for each entry of all else. The time that they take is
+    another matter: memory that is written for the first time, and overheads, are not in it.
     """
 
     def __init__(
@@ -90,49 +102,49 @@ class Explanation:
             "quantities": {name: asdict(bill) for name, bill in self.quantities.items()},
         }
 
-    def _tables(self) -> list[tuple[tables.Cells, Sequence[int]]]:
-        found: list[tuple[tables.Cells, Sequence[int]]] = []
+    def _tables(self) -> list[Table]:
+        found: list[Table] = []
         if self._asked:
-            layers = [("layer", "", "output", "road", "columns", "FLOPs of one")]
+            layers = [("layer", "class", "output", "road", "columns", "FLOPs of one", "why")]
             for a in self.layers:
                 cost = f"{a.flops:.1e}" if a.columns else ""
-                layers.append((a.layer or "(between)", a.kind, _sized(a.shape), a.road, a.columns, cost))
-            found.append((layers, [5]))
+                layers.append((a.layer or "(between)", a.kind, _sized(a.shape), a.road, a.columns, cost, a.why))
+            found.append(Table(layers, right=[5], prose=[3, 6]))
         params = [("parameter", "shape", "layer", "road", "hess_diag", "why")]
         for r in self.rows:
             params.append((r.parameter, _sized(r.shape) or "()", r.layer, r.road, r.hessian, r.why))
-        found.append((params, []))
+        found.append(Table(params, prose=[5]))
         if self._asked:
             costs = [("quantity", "columns", "FLOPs", "backwards", "result", "columns take", "")]
             for b in self.quantities.values():
+                times = f"{b.backwards:.1f}" if b.flops and b.backwards is not None else ""
                 note = "refused" if b.refused else b.note
                 costs.append((
-                    b.quantity, str(b.columns or ""), f"{b.flops:.1e}" if b.flops else "",
-                    f"{b.backwards:.1f}" if b.flops else "", said(b.bytes) if b.bytes else "",
-                    said(b.held) if b.columns else "", note,
+                    b.quantity, str(b.columns or ""), f"{b.flops:.1e}" if b.flops else "", times,
+                    said(b.bytes) if b.bytes else "", said(b.held) if b.columns else "", note,
                 ))  # fmt: skip
-            found.append((costs, [1, 2, 3, 4, 5]))
+            found.append(Table(costs, right=[1, 2, 3, 4, 5]))
         return found
 
     def _refusals(self) -> list[str]:
         return [f"{b.quantity} would be refused: {b.refused}" for b in self.quantities.values() if b.refused]
 
     def __str__(self) -> str:
-        return "\n\n".join([*(tables.plain(*table) for table in self._tables()), *self._refusals()])
+        return "\n\n".join([*(table.plain() for table in self._tables()), *self._refusals()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         refusals = [f"<p>{html.escape(line)}</p>" for line in self._refusals()]
-        return "\n".join([*(tables.notebook(*table) for table in self._tables()), *refusals])
+        return "\n".join([*(table.notebook() for table in self._tables()), *refusals])
 
 
 def _sized(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def tell(model: nn.Module, plan: Plan, roads: Roads | None, called: Sequence[Called] | None = None) -> Explanation:
-    """What is known of a plan. roads: those of `hess_diag`. called: all calls of layers, where they were watched."""
+def tell(model: nn.Module, plan: Plan, roads: Roads | None) -> Explanation:
+    """What is known of a plan. roads: those of `hess_diag`."""
     owners = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
     rows = []
     for p, name in plan.names.items():
@@ -154,68 +166,124 @@ def tell(model: nn.Module, plan: Plan, roads: Roads | None, called: Sequence[Cal
         hessian = ""
         if roads is not None:
             hessian = roads.road[p]
-            if roads.why[p] not in ("rule", why):
+            if roads.why[p] not in ("rule", why) and road != "zero":
                 why += f"; hess_diag: {roads.why[p]}"
         rows.append(Row(name, tuple(plan.params[p].shape), type(owner).__name__, road, why, hessian))
-    return Explanation(rows, _layers(plan, called), survey(plan, roads), roads.flops if roads else 0.0)
+    return Explanation(rows, _layers(plan), survey(plan, roads), roads.flops if roads else 0.0)
 
 
 def _why_not(owner: nn.Module) -> str:
     rule = lookup(owner)
     if rule is None:
-        return f"no rule could serve this use of a {type(owner).__name__}"
-    return f"the rule {rule.name!r} could not serve this call (used functionally, autocast, modified or samples moved)"
+        return f"no rule could serve this use of {type(owner).__name__}"
+    how = "used functionally, compiled, autocast, modified, or samples moved"
+    return f"the rule {rule.name!r} could not serve this call ({how})"
 
 
-@dataclass(frozen=True)
-class Called:
-    """A call of a layer that was watched: the autograd nodes numbered `first` and up to `last` were made in it."""
-
-    layer: str
-    kind: str
-    shape: tuple[int, ...]
-    first: int
-    last: int
-
-
-def _layers(plan: Plan, called: Sequence[Called] | None) -> list[Layer]:
-    """First to last; at the end, what lies between them. called: every layer's calls, where they were watched."""
+def _layers(plan: Plan) -> list[Layer]:
+    """First to last; at the end, what lies between them."""
     route = plan.route
-    stations = [key for key in reversed(route.order) if any(e.leaf is None for e in route.outs[key])]
-    if called is None:
-        calls = [(key, route.calls[key]) for key in stations if key in route.calls]
-        parts = [(call.name, type(call.module).__name__, tuple(key.shape), [key]) for key, call in calls]
-        between = [key for key in stations if key not in route.calls]
-    else:
-        of, between = _by_calls(stations, called)
-        parts = [(c.layer, c.kind, c.shape, keys) for c, keys in zip(called, of, strict=True)]
-    found = [_layer(plan, *part) for part in parts]
-    return [*found, _layer(plan, "", f"{len(between)} autograd nodes", (), between)] if between else found
-
-
-def _by_calls(stations: Sequence[Key], called: Sequence[Called]) -> tuple[list[list[Key]], list[Key]]:
-    """The stations made in each call, not in one within it, and those made in none."""
+    modules = {name: module for module, name in route.tape.names.items()}
+    called = listed(route.trails, reopened=bool(route.reopened))
+    called = [call for call in called if call.name in modules and _is_layer(modules[call.name])]
     of: list[list[Key]] = [[] for _ in called]
-    between = []
-    for key in stations:
-        number = (key.node if isinstance(key, Edge) else key)._sequence_nr()
+    around, between = set[int](), list[Key]()
+    for key in reversed(route.order):
+        if all(e.leaf is not None for e in route.outs[key]):
+            continue
+        number = _number(key)
         inside = [k for k, c in enumerate(called) if c.first <= number < c.last]
-        if inside:
-            of[min(inside, key=lambda k: called[k].last - called[k].first)].append(key)
-        else:
+        if not inside:
             between.append(key)
-    return of, between
+            continue
+        innermost = min(inside, key=lambda k: called[k].last - called[k].first)
+        of[innermost].append(key)
+        around.update({*inside} - {innermost})
+    layers = []
+    for k, (call, keys) in enumerate(zip(called, of, strict=True)):
+        none = "" if keys else _WITHIN if k in around else _UNREACHED if call.first < call.last else _UNRECORDED
+        layers.append(_layer(plan, call, modules[call.name], keys, none))
+    for key in [k for k in between if k in route.calls]:  # a call that no trail tells of
+        note = route.calls[key]
+        seen = Called(note.name, type(note.module).__name__, tuple(key.shape), _number(key), _number(key) + 1)
+        layers.append(_layer(plan, seen, note.module, [key]))
+        between.remove(key)
+    if between:
+        nodes = f"{len(between)} autograd node{'s' if len(between) > 1 else ''}"
+        layers.append(_row(plan, Called("", nodes, (), 0, 0), "made in no layer", between))
+    return layers
 
 
-def _layer(plan: Plan, name: str, kind: str, shape: tuple[int, ...], keys: Sequence[Key]) -> Layer:
+_WITHIN = "all of it is of layers within"
+_UNREACHED = "the loss does not depend on it"
+_UNRECORDED = "no graph: frozen, no grad, or its input handed on"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Has parameters of its own, or no children: all else only calls others."""
+    return any(p is not None for p in module._parameters.values()) or not any(True for _ in module.children())
+
+
+def _number(key: Key) -> int:
+    """By which autograd counts its nodes in the order they are made."""
+    return int((key.node if isinstance(key, Edge) else key)._sequence_nr())
+
+
+def _walked(plan: Plan, keys: Sequence[Key]) -> Sequence[Key]:
+    """Those that columns meet, if they meet any: not what turns a weight, say, before it is used."""
+    return [k for k in keys if k in plan.through or k in plan.visit or k in plan.masked] or keys
+
+
+def _layer(plan: Plan, call: Called, module: nn.Module, keys: Sequence[Key], none: str = "") -> Layer:
+    """none: why it has no station."""
+    route, reasons, keys = plan.route, [none] if none else [], _walked(plan, keys)
+    passed = any(k in plan.through or k in plan.visit or k in plan.masked for k in keys)
+    kinds = dict.fromkeys(type(k).__name__ for k in keys if k in plan.uses.at and k not in route.calls)
+    if any(k in route.calls for k in keys):
+        reasons.append(claimed(module)[1])
+        if not all(k in route.calls for k in keys):
+            reasons.append("nodes of hooks beside it")
+    elif passed:
+        reasons += [f"by its node{'s' if len(kinds) > 1 else ''} {', '.join(kinds)}"] if kinds else []
+        reasons.append(_why_by_nodes(plan, module, keys))
+    if keys and not any(k in plan.needed for k in keys):
+        reasons.append("no trainable parameter in it or below")
+    elif keys and not passed:
+        chains = {edge.node for uses in plan.uses.of.values() for use in uses for edge in use.chain}
+        alone = any(k in chains for k in keys)
+        reasons.append("made of weights alone: served where it is used" if alone else "no column passes it")
+    return _row(plan, call._replace(name=call.name or "(model)"), "; ".join(reasons), keys)
+
+
+def _why_by_nodes(plan: Plan, module: nn.Module, keys: Sequence[Key]) -> str:
+    """Why no rule for its class serves (all of) a layer."""
+    route = plan.route
+    rule, why = claimed(module)
+    if rule is None:
+        return why
+    if not route.tape.rules:
+        return "quick step: nodes only"
+    nodes = [key for key in keys if key not in route.calls]
+    edges = [e for key in nodes for e in route.outs[key]]
+    if any(e in route.rejected for e in edges):
+        return f"samples lie where rule {rule.name!r} cannot follow"
+    if any((mark := route.mark(e)) is not None and mark.note is not None for e in edges):
+        return "its input or weight was modified in place"
+    if any(is_hidden(node) for node in nodes):
+        return "within a checkpoint"
+    return "called with several inputs, or under autocast"
+
+
+def _row(plan: Plan, call: Called, why: str, keys: Sequence[Key]) -> Layer:
     route = plan.route
     rules = [route.calls[k].rule.name for k in keys if k in route.calls]
     rules += [use.rule for k in keys for _, use in plan.uses.at.get(k, ()) if k not in route.calls]
-    roads = [f"rule {rule!r}" for rule in dict.fromkeys(rules)]
+    named = list(dict.fromkeys(map(repr, rules)))
+    roads = [f"rule{'s' if len(named) > 1 else ''} {', '.join(named)}"] if named else []
     if any(k not in route.calls and k not in plan.uses.at for k in keys):
         roads.append("autograd's nodes")
     columns = "V" if any(k in plan.through or k in plan.visit for k in keys) else ""
     if not columns and any(k in plan.masked for k in keys):
         columns = "V N"
-    road = " and ".join(roads) or "hands its input on, or takes no part"
-    return Layer(name, kind, shape, road, columns, sum(station(plan, k) for k in keys))
+    road = " and ".join(roads) or "none"
+    return Layer(call.name, call.kind, tuple(call.shape), road, columns, sum(station(plan, k) for k in keys), why)

@@ -123,6 +123,16 @@ class extend:
                     f"parameter {name!r} is complex ({p.dtype}): its Jacobian and Hessian depend on a convention that "
                     "hookjac does not choose. Use view_as_real, or freeze it."
                 )
+            if not p.is_leaf:
+                raise HookjacError(
+                    f"parameter {name!r} is no leaf of autograd's graph: it was computed from something else, as those "
+                    "of a ScriptModule's deepcopy are, and gets no .grad. Put p.detach().requires_grad_() in its place."
+                )
+            if p.is_meta:
+                raise HookjacError(
+                    f"parameter {name!r} is on the meta device, which holds no data: there is nothing to "
+                    "differentiate. Give it some with model.to_empty(device='cpu'); to know the cost, any will do."
+                )
         self._demand_alone(params)
         for q in self.quantities:
             if q.opens is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hookjac import given
 from hookjac.errors import HookjacError
+from hookjac.factor.metric import eigen
 
 
 def inverted(t: Tensor) -> Tensor | None:  # [n, n], [b, n, n], or a diagonal [n]
@@ -173,12 +174,15 @@ class Kronecker:
     def inverse(self, damping: float = 0.0, *, pi: bool = True) -> Kronecker:
         """The inverse of `damped(damping, pi=pi)`, again a Kronecker product; by Cholesky.
 
-        Error where that is not positive definite; without damping, also where it is singular to rounding.
+        Error where that is not positive definite, or not finite; without damping, also where it is singular to
+        rounding.
         """
         given.numbers(damping=damping)
         given.flag(pi=pi)
         damped = self.damped(damping, pi=pi) if damping else self
         A, B = None if damped.A is None else inverted(damped.A), inverted(damped.B)
+        if not all(bool(t.isfinite().all()) for t in (self.A, self.B) if t is not None):
+            raise HookjacError(f"a factor of {self} has entries that are not finite, so that it has no inverse.")
         if B is None or (A is None and damped.A is not None) or (not damping and self._singular()):
             raise HookjacError(
                 f"a factor of {self} is not positive definite (singular, or of a loss that is not convex), so that "
@@ -188,8 +192,8 @@ class Kronecker:
 
     def _singular(self) -> bool:
         """To rounding. What is solved with such a side is rounding, divided by rounding."""
-        A = self.A.unsqueeze(0) if self.A is not None and self.A.dim() == 1 else torch.linalg.eigvalsh(self._a)
-        for sizes in (A.abs(), torch.linalg.eigvalsh(self._b).abs()):  # [b, n]
+        A = self.A.unsqueeze(0) if self.A is not None and self.A.dim() == 1 else eigen(self._a)[0]
+        for sizes in (A.abs(), eigen(self._b)[0].abs()):  # [b, n]
             least = sizes.shape[1] * torch.finfo(sizes.dtype).eps
             if sizes.numel() and bool((sizes.amin(1) <= least * sizes.amax(1)).any()):
                 return True
@@ -208,12 +212,12 @@ class Kronecker:
         return self.eigen().logdet(damping)
 
     def eigen(self) -> KroneckerEigen:
-        """The same in the basis of its eigenvectors."""
-        values, vectors = torch.linalg.eigh(self._b)
+        """The same in the basis of its eigenvectors: not numbers, where a factor has entries that are not finite."""
+        values, vectors = eigen(self._b)
         if self.A is not None and self.A.dim() == 1:
             outer = values.unsqueeze(2) * self.A
             return KroneckerEigen(None, vectors, outer, self)
-        first, basis = torch.linalg.eigh(self._a)
+        first, basis = eigen(self._a)
         return KroneckerEigen(basis, vectors, values.unsqueeze(2) * first.unsqueeze(1), self)
 
 
@@ -356,13 +360,13 @@ class KroneckerSum:
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """The logarithm of the determinant with `damping` on the diagonal, from the [P, P] matrix: small ones only."""
-        return _logdet(torch.linalg.eigvalsh(self.to_dense()), damping, self)
+        return _logdet(eigen(self.to_dense().unsqueeze(0))[0], damping, self)
 
     def solve(self, v: Tensor, damping: float = 0.0, *, steps: int = 1000) -> Tensor:
         """(self + damping)⁻¹ v to rounding, by conjugate gradients. v [*p] or [k, *p].
 
         Cost: a product for each step, as many as the matrix has different eigenvalues. Error after `steps` without
-        success: a matrix that is nearly singular needs more damping.
+        success: a matrix that is nearly singular needs more damping. Not numbers, where the matrix or v is not finite.
         """
         given.numbers(damping=damping)
         given.counts(1, steps=steps)
@@ -372,8 +376,9 @@ class KroneckerSum:
         d, size = r.clone(), r.square().sum(1)
         enough = size * (16 * torch.finfo(b.dtype).eps) ** 2
         for _ in range(steps):
-            if bool((size <= enough).all()):
-                return x.reshape(v.shape)
+            odd = ~size.isfinite()  # of what is not finite, or too large to be squared, no step makes a number
+            if bool((odd | (size <= enough)).all()):
+                return torch.where(odd.unsqueeze(1), torch.nan, x).reshape(v.shape)
             product = (self @ d.reshape(-1, *self.shape)).reshape(b.shape) + damping * d
             step = size / (d * product).sum(1).clamp(min=torch.finfo(b.dtype).tiny)
             step = torch.where(size > enough, step, torch.zeros_like(step)).unsqueeze(1)

@@ -53,7 +53,9 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for m, its in places:
-            m._buffers.update(its)
+            for key, b in its.items():
+                if key not in m._buffers or m._buffers[key] is not b:  # of a ScriptModule, no dict
+                    m._buffers[key] = b
         with torch.no_grad():
             for b, before in buffers:
                 b.copy_(before)

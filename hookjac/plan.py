@@ -22,7 +22,7 @@ from hookjac.products import second_backward
 from hookjac.route import Key, Route
 from hookjac.samples import Layout
 from hookjac.sharded import is_spread
-from hookjac.tape import Tape
+from hookjac.tape import Tape, demand_seen
 from hookjac.uses import Uses, find_uses
 
 
@@ -133,6 +133,8 @@ def make_plan(
     rejected = set(rejected)
     while True:
         route = Route(tape, [edge_of(loss)], recomputed, rejected)
+        if any(type(key).__name__ in _COMPILED for key in route.order):
+            demand_seen(tape.names, {name for trail in route.trails for name, *_ in trail})
         selected, outputs, N = _outputs(route)
         _check_parameters(route, names, known, current)
         needed = route.needed(names.keys())
@@ -145,6 +147,9 @@ def make_plan(
             lost = tape.calls > 0 and not any(m and m.output for e in outputs for m in [route.mark(e)])
             return Plan(route, part, N, names, by_id, selected, lost, layout, needed, certain)
         rejected |= unfit  # these layers go by autograd's nodes; look again
+
+
+_COMPILED = ("CompiledFunctionBackward", "CppFunction")  # of torch.compile, of TorchScript
 
 
 def _join(

@@ -199,6 +199,9 @@ def kronecker(model: nn.Module, *, columns: int = 4) -> Figure:
     if not pairs:
         sums = [name for name, k in found.items() if isinstance(k, KroneckerSum)]
         raise HookjacError(f"no parameter has a pair of factors to show (sums of pairs: {sums or 'none'})")
+    for name, k in pairs.items():
+        if not all(bool(t.isfinite().all()) for t in (k.A, k.B) if t is not None):
+            raise HookjacError(f"kfac of {name!r} has entries that are not finite, so that it has no spectrum")
     with _style() as plt:
         across = max(1, min(columns, len(pairs)))
         down = math.ceil(len(pairs) / across)

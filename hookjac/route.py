@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookjac.called import Trail
 from hookjac.checkpoints import Recomputed, is_reentrant, reopen
 from hookjac.graph import Edge, Node, attributes, children, differentiable_once, edge_of, meta, ordered, pull
 from hookjac.mended import mend
@@ -61,6 +62,7 @@ class Route:
         self.after: dict[Key, list[Edge | None]] = {}
         self._keys: dict[Edge, Key] = {}
         self._with_data: dict[Key, bool] = {}
+        self.trails: list[Trail] = []  # of the calls that it was made in
         self.starts = [self.resolve(edge) for edge in starts]
         self.order: list[Key] = ordered(
             [self.key(edge) for edge in self.starts],
@@ -138,6 +140,8 @@ class Route:
     def _find(self, edge: Edge) -> Key:
         mark = self.tape.mark(edge)
         note = mark.note if mark is not None else None
+        if mark is not None and mark.trail is not None:
+            self.trails.append(mark.trail)
         key: Key = edge.node
         if note is not None and note.intact and edge not in self.rejected:
             key = edge

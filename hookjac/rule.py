@@ -60,6 +60,8 @@ def _demand_tuple(who: str, name: str, value: Any, kind: type = object, what: st
     """A text would be taken letter by letter."""
     if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
         raise TypeError(f"{who}: `{name}` must be a tuple of {what}, got {given.said(value)}")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{who}: `{name}` must be different {what}, got {given.said(value)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +71,8 @@ class Rule:
     name: what `explain()` calls it.
     modules: the classes it speaks for. A subclass counts only if it inherits `forward` unchanged.
     pull: the transposed Jacobian in the input, `(call, [V, *out]) -> [V, *in]`.
-    params: names of the parameters it explains; a module with any other parameter is not claimed.
+    params: names of the parameters it explains, as the module itself has them ("weight"); a module with any other
+        parameter is not claimed.
     factors: `(call, [V, *out], layout) -> {parameter name: Factor}`.
     fits: `(call, layout) -> bool`: may say no to a layout; the layer then goes by autograd's nodes.
     refuses: `(call, layout)`: why a layout cannot be meant (samples along the feature axis, say); None if it can.
@@ -101,10 +104,15 @@ class Rule:
 
     def __post_init__(self) -> None:
         who = _named(self.name)
-        _demand_tuple(who, "modules", self.modules)
+        _demand_tuple(who, "modules", self.modules, type)
         _demand_tuple(who, "params", self.params, str, "names")
         if not self.modules or not all(isinstance(m, type) and issubclass(m, nn.Module) for m in self.modules):
             raise TypeError(f"{who}: `modules` must be subclasses of nn.Module, got {self.modules!r}")
+        if not all(self.params) or any("." in name for name in self.params):
+            raise ValueError(
+                f"{who}: `params` must be names of parameters of the layer itself, not empty and without a dot; got "
+                f"{given.said(self.params)}. Parameters of a child belong to a rule for the child's class."
+            )
         if bool(self.params) != (self.factors is not None):
             raise ValueError(f"{who}: `params` and `factors` go together")
         given.function(pull=self.pull, fits=self.fits, refuses=self.refuses, claims=self.claims)
@@ -187,14 +195,17 @@ class NodeRule:
         _demand_tuple(who, "slots", self.slots, int, "numbers of the node's inputs")
         if not self.nodes or not all(n.isidentifier() for n in self.nodes):
             raise TypeError(f"{who}: `nodes` must be type names of autograd nodes, got {self.nodes!r}")
-        if any(isinstance(k, bool) or k < 0 for k in self.slots) or len(set(self.slots)) < len(self.slots):
-            raise ValueError(f"{who}: `slots` must be different numbers from 0 on, got {self.slots}")
+        if any(isinstance(k, bool) or k < 0 for k in self.slots):
+            raise ValueError(f"{who}: `slots` must be numbers from 0 on, got {self.slots}")
         if not self.slots:
             raise ValueError(f"{who}: `slots` must name an input of the node")
         if not isinstance(self.mixed, Mapping):
             raise TypeError(f"{who}: `mixed` must be a mapping of numbers to functions, got {given.said(self.mixed)}")
         if not self.mixed.keys() <= set(self.slots):
             raise ValueError(f"{who}: `mixed` speaks of inputs {list(self.mixed)}, `slots` of {self.slots}")
+        for slot, way in self.mixed.items():
+            if way is not None and not callable(way):
+                raise TypeError(f"{who}: `mixed` must have functions, or None; got {given.said(way)} for input {slot}")
         given.function(fits=self.fits, part=self.part, refuses=self.refuses)
         given.flag(copies=self.copies)
 
@@ -252,21 +263,29 @@ def lookup(module: nn.Module) -> Rule | None:
     Not claimed: a subclass or an instance with a `forward` of its own, a parameter that is not a plain one (weight
     norm, pruning, a functional call with other tensors), a parameter that the rule does not know.
     """
+    return claimed(module)[0]
+
+
+def claimed(module: nn.Module) -> tuple[Rule | None, str]:
+    """`lookup`, and why it is that one or none."""
     cls = type(module)
     for base in cls.__mro__:
         rule = _RULES.get(base)
         if rule is not None:
             break
     else:
-        return None
+        return None, "no rule for its class"
     if _forward_of(cls) is not _forward_of(base) or "forward" in module.__dict__:
-        return None
+        return None, "has a forward of its own"
     own = module._parameters
     if len(own) != len(rule.params):
-        return None
+        return None, _OTHERS
     for key, p in own.items():
         if key not in rule.params or key in module.__dict__ or hasattr(cls, key):
-            return None
+            return None, _OTHERS
         if p is not None and not (type(p) in (nn.Parameter, Tensor) and p.is_leaf):
-            return None
-    return rule if rule.claims(module) else None
+            return None, _OTHERS
+    return (rule, "rule for its class") if rule.claims(module) else (None, "an option that its rule does not cover")
+
+
+_OTHERS = "its parameters are not those of its class"  # pruned, parametrized, added

@@ -16,7 +16,7 @@ from hookjac.checkpoints import Recomputed
 from hookjac.described import Described, describe
 from hookjac.engine import Results, Walk, demand_possible
 from hookjac.errors import HookjacError
-from hookjac.explanation import Called, Explanation, tell
+from hookjac.explanation import Explanation, tell
 from hookjac.graph import Edge
 from hookjac.loss import scalar
 from hookjac.members import Members
@@ -191,10 +191,8 @@ class Service:
             self.explanation = _told(self.model, plan, walk.seeds.roads)
         return results
 
-    def foresee(
-        self, start: Start, members: Members, params: dict[str, nn.Parameter], called: Sequence[Called]
-    ) -> Explanation:
-        """What this backward would take, and what of it would be refused. called: the calls of all layers."""
+    def foresee(self, start: Start, members: Members, params: dict[str, nn.Parameter]) -> Explanation:
+        """What this backward would take, and what of it would be refused."""
         refused: dict[str, str] = {}
         roads: dict[Wish, Roads | None] = {}
         with self._at_work(), Recomputed() as recomputed:
@@ -207,7 +205,7 @@ class Service:
                 except HookjacError as error:
                     refused[q.name] = str(error)
             found = next((r for r in roads.values() if r is not None), None)
-            return tell(self.model, plan, found, called).asking(self.quantities, refused)
+            return tell(self.model, plan, found).asking(self.quantities, refused)
 
     def _plan(
         self,
@@ -249,6 +247,7 @@ def _told(model: nn.Module, plan: Plan, roads: Roads | None) -> Explanation:
         plan.N,
         list(plan.names.values()),
         stations,
+        [(name, shape) for trail in route.trails for name, _, shape, _, _ in trail],
         [e.shape for outs in route.outs.values() for e in outs if e.leaf is None],
         (plan.glue, set(plan.top.direct), {p: len(uses) for p, uses in plan.uses.of.items()}),
         None if roads is None else (roads.road, roads.why, roads.flops),

@@ -72,6 +72,15 @@ def whole(found: list[Any], apart: list[Any] | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def whole_awhile(found: list[Any]) -> Iterator[None]:
+    """`whole` where no backward follows: in shards again afterwards."""
+    with whole(found):
+        yield
+    for module in found:
+        module.reshard()
+
+
+@contextlib.contextmanager
 def _gathering() -> Iterator[None]:
     """Say in our words that weights do not come together."""
     try:

@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,14 +78,15 @@ class Bill:
 
     columns: how many start; 0: none, the work is done by products. flops: of their walk (which the step's own backward
     often saves those of the loss gradient), and of what parameters make of them. backwards: that, with every pass over
-    memory, in units of a plain backward. bytes: of the results; held: of the columns where they are widest. each: the
-    part of every parameter. note: what else there is to know; refused: why it would be.
+    memory, in units of a plain backward; None where that one has nothing to do (no samples). bytes: of the results;
+    held: of the columns where they are widest. each: the part of every parameter. note: what else there is to know;
+    refused: why it would be.
     """
 
     quantity: str
     columns: int
     flops: float
-    backwards: float
+    backwards: float | None
     bytes: float
     held: float
     each: Mapping[str, Price]
@@ -136,12 +136,15 @@ class Survey:
         """A plain one: a column, and one gradient for each parameter."""
         found = self.through + self.masked
         for form in self._forms(1).values():
-            found += Cost() if form is None else _counted(form.sum)[0]
+            if form is not None:
+                _counted(form.sum)  # leaves patches there: a convolution's own backward does without
+                found += _counted(form.sum)[0]
         return found
 
     def _forms(self, V: int) -> dict[str, Factor | None]:
+        """Anew each time: what one quantity makes of them and leaves there (patches), no other shall find for free."""
         picks = torch.zeros(V, dtype=torch.long, device="meta")
-        return {name: None if f is None else f.columns(picks) for name, f in self.forms.items()}
+        return {name: None if f is None else _hollow(f).columns(picks) for name, f in self.forms.items()}
 
     def bill(self, q: Quantity, refused: str = "") -> Bill:
         V = self.columns(q)
@@ -163,7 +166,7 @@ class Survey:
         plain = self.backward.work
         held = float(V) * self.widest * next(iter(self.params.values())).element_size()
         return Bill(
-            q.name, V, cost.flops, cost.work / plain if plain else math.nan, size, held, each, note, refused
+            q.name, V, cost.flops, cost.work / plain if plain else None, size, held, each, note, refused
         )  # fmt: skip
 
     def _way(self, q: Quantity, V: int) -> tuple[Cost, str]:

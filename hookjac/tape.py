@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from hookjac.called import Calls, Trail, sequence
 from hookjac.checkpoints import is_hidden
 from hookjac.errors import HookjacError
 from hookjac.graph import Edge, edge_of
@@ -77,12 +78,14 @@ class Note:
 
 
 class Mark:
-    """What is known of one tensor of the graph. `note`: a rule's layer made it; `output`: the model returned it."""
+    """What is known of one tensor of the graph. `note`: a rule's layer made it; `output`: the model returned it;
+    `trail`: the calls of modules that it took, if an outermost one returned it."""
 
-    __slots__ = ("__weakref__", "note", "output", "selected")
+    __slots__ = ("__weakref__", "note", "output", "selected", "trail")
 
     def __init__(self) -> None:
         self.note: Note | None = None
+        self.trail: Trail | None = None
         self.output: str | None = None  # how the user reaches it, e.g. "output['logits']"
         self.selected = False
 
@@ -104,6 +107,14 @@ def leaves(found: Any, path: str = "output", within: tuple[int, ...] = ()) -> It
     elif dataclasses.is_dataclass(found) and not isinstance(found, type):
         for entry in dataclasses.fields(found):
             yield from leaves(getattr(found, entry.name, None), f"{path}.{entry.name}", within)
+
+
+def _inside(output: Any) -> list[Tensor]:
+    """All tensors, where it lets itself be looked at: what a layer within returns is the model's own affair."""
+    try:
+        return [t for _, t in leaves(output)]
+    except Exception:
+        return []
 
 
 def select(output: Any, how: Select) -> Tensor:
@@ -174,6 +185,7 @@ class Tape:
         self._last: list[Callable[..., Any]] = []
         self._outliving: list[weakref.ref[Mark]] = []
         self._own: list[Callable[..., Any]] = []  # hooks that are about to be registered, or are
+        self._calls = Calls()
 
     def install(self) -> None:
         # a compiler that is at work must call the hooks, not trace them; if it is not loaded, do not load it
@@ -181,20 +193,22 @@ class Tape:
         after: Callable[..., Any] = self._after
         if "torch._dynamo" in sys.modules:
             before, after = (MethodType(_uncompiled(method), self) for method in (Tape._before, Tape._after))
-        if not (self.rules or self._wary):
-            before, after = self._of_the_model(before), self._of_the_model(after)
+            if not (self.rules or self._wary):
+                before, after = self._untraced(before, self._before), self._untraced(after, self._after)
         self._own = [before, after]
         _INSTALLED.add(self)
         self._handles.append(hooks.register_module_forward_pre_hook(before))
         # after errors too: whatever stepped aside for the forward must come back
         self._handles.append(hooks.register_module_forward_hook(after, with_kwargs=True, always_call=True))
 
-    def _of_the_model(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook, where the layers within are of no interest."""
+    def _untraced(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, where the layers within are of little interest: a compiler shall not stop at each of them."""
         model = self.model
 
         def seen(module: nn.Module, *given: Any) -> Any:
-            return hook(module, *given) if module is model else None
+            if torch.compiler.is_compiling():
+                return compiled(module, *given) if module is model else None
+            return plain(module, *given)
 
         return seen
 
@@ -246,15 +260,21 @@ class Tape:
     def carry(self, edge: Edge, tensor: Tensor) -> None:
         """Say of `tensor` that it is the same output of the model as the one at `edge`."""
         mark = self.mark(edge)
-        if mark is not None and mark.output:
-            note = self._note(tensor)
+        if mark is None or not (mark.output or mark.trail):
+            return
+        note = self._note(tensor)
+        if mark.output:
             note.output, note.selected = mark.output, note.selected or mark.selected
+        if mark.trail and mark.trail is not note.trail:
+            note.trail = mark.trail + (note.trail or [])
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if threading.get_ident() != self._thread:
             return
+        name = self.names.get(module)
         if module is self.model:
             self.around[0]()
+            self._calls.anew()
             self._forget_the_last()
             if module._forward_hooks:  # they may change the output, and run after ours: be the last of them
 
@@ -265,9 +285,12 @@ class Tape:
                 self._last.append(see)
                 module.register_forward_hook(see, with_kwargs=True)
                 self.hooks += 1
-        if not self._wary or (name := self.names.get(module)) is None or not torch.is_grad_enabled():
+        if name is None:
             return
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        self._calls.begun.append((name, sequence()))
+        if not self._wary or not torch.is_grad_enabled():
+            return
+        if _mixes(module):
             raise mixing_batchnorm(f"layer {name!r} ({type(module).__name__})")
         if isinstance(module, nn.DataParallel):
             raise HookjacError(
@@ -278,21 +301,40 @@ class Tape:
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _FAILED) -> None:
         if threading.get_ident() != self._thread:
             return
-        root = module is self.model
+        root, name = module is self.model, self.names.get(module)
         try:
+            if name is not None:
+                self._over(name, module, output)
             if output is _FAILED:
                 if root:
                     self._forget_the_last()
                 return
-            if self.rules and isinstance(output, Tensor) and output.grad_fn is not None:
-                name = self.names.get(module)
-                if name is not None:
-                    self._layer(module, name, args, kwargs, output)
+            if self.rules and name is not None and isinstance(output, Tensor) and output.grad_fn is not None:
+                self._layer(module, name, args, kwargs, output)
             if root and not self._last:
                 self._root(args, kwargs, output)
         finally:
             if root:
                 self.around[1]()
+
+    def _over(self, name: str, module: nn.Module, output: Any) -> None:
+        """A call is: note it, and hang all that lie within the outermost on what that returned."""
+        calls = self._calls
+        begun = calls.begun
+        at, first = begun.pop() if begun else ("", -1)
+        if at is not name:
+            first = calls.end(name)
+        if first >= 0 and output is not _FAILED:
+            shape = output.shape if isinstance(output, Tensor) else next((t.shape for t in _inside(output)), ())
+            calls.over.append((name, type(module).__name__, shape, first, sequence()))
+        if begun:
+            return
+        trail = calls.taken()
+        if output is not _FAILED:
+            for tensor in [output] if isinstance(output, Tensor) else _inside(output):
+                if tensor.grad_fn is not None:
+                    mark = self._note(tensor)
+                    mark.trail = trail if mark.trail is None else mark.trail + trail
 
     def _layer(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         if len(args) + len(kwargs) != 1:
@@ -383,6 +425,22 @@ def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     """The reason is what PyTorch says where a model was compiled with fullgraph=True."""
     why = "hookjac's forward hooks run uncompiled: inside an extend block, compile without fullgraph=True"
     return torch.compiler.disable(hook, reason=why)
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Does it normalise with the statistics of the batch? Scripted, too, when it has a class of another name."""
+    scripted = str(getattr(module, "original_name", "")).startswith("BatchNorm")
+    if not scripted and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return False
+    return module.training or getattr(module, "running_mean", None) is None
+
+
+def demand_seen(names: Mapping[nn.Module, str], seen: Collection[str]) -> None:
+    """Refuse, where a graph has nodes of compiled code, what may mix samples within and was not seen to be called."""
+    for module, name in names.items():
+        if name not in seen and _mixes(module):
+            kind = getattr(module, "original_name", type(module).__name__)
+            raise mixing_batchnorm(f"layer {name!r} ({kind}), hidden in compiled code,")
 
 
 def mixing_batchnorm(where: str) -> HookjacError:

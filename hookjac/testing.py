@@ -10,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hookjac import given, tables
+from hookjac import given
 from hookjac.extend import extend
 from hookjac.quantity import Jac
 from hookjac.rule import lookup
 from hookjac.samples import random
+from hookjac.switches import MATH_ATTENTION, Switch
+from hookjac.tables import Table
 
 
 def grad(output: Tensor, inputs: Tensor, seed: Tensor | None = None) -> Tensor:
@@ -50,25 +51,32 @@ def hessian_diagonal(loss: Tensor, p: Tensor) -> Tensor:  # [*p]
     return torch.stack(entries).reshape(p.shape) if entries else torch.zeros_like(p)
 
 
+def _own_weight_norm() -> Generator[None, None, None]:
+    one: Any = torch
+    other: Any = importlib.import_module("torch.nn.utils.weight_norm")
+    own = one._weight_norm
+    try:
+        one._weight_norm = other._weight_norm = _weight_norm
+        yield
+    finally:  # without a loop or a call, at which a signal would be taken notice of
+        one._weight_norm = own
+        other._weight_norm = own
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    axes = list(range(v.dim())) if dim == -1 else [k for k in range(v.dim()) if k != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
+
+
+_WEIGHT_NORM = Switch(_own_weight_norm)
+
+
 @contextlib.contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch runs functions that it differentiates twice, and rightly: attention by its definition, and weight
     norm, whose fused kernel has a wrong second derivative on torch 2.13."""
-
-    def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-        axes = list(range(v.dim())) if dim == -1 else [k for k in range(v.dim()) if k != dim]
-        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
-
-    places: list[Any] = [torch, importlib.import_module("torch.nn.utils.weight_norm")]
-    own = torch._weight_norm
-    try:
-        for place in places:
-            place._weight_norm = weight_norm
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for place in places:
-            place._weight_norm = own
+    with MATH_ATTENTION.held(), _WEIGHT_NORM.held():
+        yield
 
 
 def loops(
@@ -172,7 +180,7 @@ class Report:
         table = [("parameter", "quantity", "road", "error", "", "why")]
         table += [(r.parameter, r.quantity, r.road, r.shapes or f"{r.error:.0e}", "ok" if r.fine else "WRONG", r.why)
                   for r in self.rows]  # fmt: skip
-        return tables.plain(table)
+        return Table(table).plain()
 
     __repr__ = __str__
 

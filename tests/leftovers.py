@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hookjac.switches import MATH_ATTENTION, QUIET_VMAP
 from hookjac.talkers import SILENT
 
 _RETAIN_GRAD = torch.Tensor.retain_grad
+_WEIGHT_NORMS = (torch._weight_norm, importlib.import_module("torch.nn.utils.weight_norm")._weight_norm)
 _TABLES = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_forward_hooks_always_called",
            "_global_forward_hooks_with_kwargs", "_global_backward_hooks", "_global_backward_pre_hooks")  # fmt: skip
 
@@ -30,6 +32,7 @@ def state() -> tuple[Any, ...]:
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
         torch.get_rng_state().shape,
         torch.Tensor.retain_grad is _RETAIN_GRAD,
+        (torch._weight_norm, importlib.import_module("torch.nn.utils.weight_norm")._weight_norm) == _WEIGHT_NORMS,
         private._is_torch_function_enabled(),
         list(watch.open_blocks()),
         [len(switch._users) for switch in (MATH_ATTENTION, QUIET_VMAP, SILENT, watch._RETAINING)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,6 +75,35 @@ def test_no_trainable_parameter() -> None:
         extend(nn.Linear(2, 2).requires_grad_(False)),
     ):
         pass
+
+
+def test_parameter_without_data() -> None:
+    with pytest.raises(HookjacError, match="parameter 'weight' is on the meta device"):
+        with extend(nn.Linear(D, C, device="meta")):
+            pass
+
+
+@pytest.mark.parametrize("how", ["compiled", "scripted"])
+def test_batchnorm_hidden_in_compiled_code(how: str) -> None:
+    """Its layers call no hooks, and their nodes are in one that nobody can look into."""
+    model: Any = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4), nn.Linear(4, C))
+    x = torch.randn(N, D)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, of global hooks, and that scripts are deprecated
+        hidden: Any = torch.compile(model, backend="aot_eager") if how == "compiled" else torch.jit.script(model)
+        for _ in range(2):
+            hidden(x)  # before there are hooks; and TorchScript is not optimised when it runs for the first time
+        with pytest.raises(HookjacError, match=r"1' \(BatchNorm1d\), hidden in compiled code, normalises with"):
+            with extend(hidden, "grad_sample"):
+                hidden(x).square().sum().backward()
+        hidden.eval()
+        for _ in range(2):
+            hidden(x)
+        with extend(hidden, "grad_sample"):
+            hidden(x).square().sum().backward()
+    for p in hidden.parameters():
+        torch.testing.assert_close(p.grad_sample.sum(0), p.grad)
+    torch._dynamo.reset()
 
 
 def test_complex_parameter() -> None:

@@ -6,15 +6,17 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, C, Case, D, N, random_loss
+from cases import CASES, C, Case, D, Fn, N, random_loss
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hookjac
 from hookjac import HookjacError
@@ -258,3 +260,23 @@ def test_command_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         done = CliRunner().invoke(main, ["check", "those:two", "grad_sample", "ggn_diag", *more])
         assert done.exit_code == code, done.output
         assert said in done.output
+
+
+def test_a_reentrant_checkpoint_is_refused() -> None:
+    """PyTorch serves no autograd.grad through it."""
+    model = Fn(lambda m, x: m.c(checkpoint(m.b, m.a(x), use_reentrant=True)), a=nn.Linear(D, D), b=nn.Tanh(),
+               c=nn.Linear(D, C))  # fmt: skip
+    with pytest.raises(HookjacError, match="use_reentrant=False"):
+        hookjac.check(model, torch.randn(N, D), lambda out: out.square().sum())
+
+
+def test_a_scripted_model_is_refused() -> None:
+    """Its deepcopy has parameters that hang on those of the original."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        scripted: Any = torch.jit.script(nn.Sequential(nn.Linear(D, C)))
+    with pytest.raises(HookjacError, match="Check the model that was scripted"):
+        hookjac.check(scripted, torch.randn(N, D), lambda out: out.square().sum())
+    with pytest.raises(HookjacError, match=r"parameter '0\.weight' is no leaf of autograd's graph"):
+        with hookjac.extend(copy.deepcopy(scripted)):
+            pass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import C, D, Fn, N, mlp, par
+from leftovers import state
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import hookjac
 from hookjac import HookjacError, explain, extend
@@ -159,17 +164,265 @@ def test_a_layer_called_twice_has_two_rows() -> None:
     assert "2 uses" in told.rows[0].why
 
 
-def test_after_a_backward_it_says_the_same() -> None:
-    model, x = mlp(nn.Tanh), torch.randn(N, D)
-    before = explain(model, x, "grad_sample", "hess_diag", loss_fn=entropy)
+@pytest.mark.parametrize("asked", [("grad_sample",), ("grad_sample", "hess_diag"), ("ggn_mp",)])
+@pytest.mark.parametrize("name", MODELS)
+def test_after_a_backward_it_says_the_same(name: str, asked: tuple[str, ...]) -> None:
+    """Of every layer, every parameter and every quantity."""
+    build, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model, x = build().eval(), inputs()
+    before = explain(model, x, *asked, loss_fn=entropy)
     for _ in range(2):
-        with extend(model, "grad_sample", "hess_diag") as ext:
+        with extend(model, *asked) as ext:
             entropy(model(x)).backward()
         after = ext.explain()
-        assert [(r.parameter, r.road, r.hessian) for r in after.rows] == [
-            (r.parameter, r.road, r.hessian) for r in before.rows
-        ]
+        assert after.rows == before.rows
+        assert [a for a in after.layers if a.layer] == [b for b in before.layers if b.layer]
         assert after.quantities == before.quantities
+
+
+def layers(told: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(layer.layer, layer.kind, layer.shape) for layer in told.layers if layer.layer]
+
+
+def after(model: nn.Module, x: Tensor, *asked: str) -> Any:
+    with extend(model, *asked) as ext:
+        model(x).square().sum().backward()
+    return ext.explain()
+
+
+def test_a_quick_step_lists_every_layer_as_well() -> None:
+    """Such a one does not look at layers; nor is its graph like the one that was met before."""
+    model = cnn()
+    wanted = [(name, kind, (2, *shape[1:])) for name, kind, shape in layers(after(model, torch.randn(N, 3, 8, 8)))]
+    told = after(model, torch.randn(2, 3, 8, 8), "grad_sample")
+    assert layers(told) == wanted
+    assert {layer.layer: layer.why for layer in told.layers}["2"] == "quick step: nodes only"
+    assert {layer.columns for layer in told.layers} == {"V"}
+    assert sum(layer.flops for layer in told.layers) > 0
+
+
+def a_checkpoint(model: Any, x: Tensor, reentrant: bool, last: bool) -> Tensor:
+    found: Tensor = checkpoint(model.b, model.a(x), use_reentrant=reentrant)
+    return found if last else model.c(found)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_within_a_checkpoint(reentrant: bool, last: bool) -> None:
+    """Once each, in their places: those of a reentrant one make their nodes when they run again."""
+    parts = {"a": nn.Linear(D, D), "b": nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.MaxPool1d(1))}
+    parts |= {} if last else {"c": nn.Linear(D, D)}
+    model, x = Fn(lambda m, x: a_checkpoint(m, x, reentrant, last), **parts), torch.randn(N, D)
+    for told in (explain(model, x, "grad_sample"), after(model, x, "grad_sample"), after(model, x, "kfac")):
+        assert [name for name, _, _ in layers(told)] == ["a", "b.0", "b.1", "b.2", *([] if last else ["c"])]
+        by = {layer.layer: layer for layer in told.layers}
+        assert {layer.columns for layer in told.layers} == {"V"}
+        assert by["b.2"].why == "no rule for its class"
+        assert by["b.1"].why == ("rule for its class" if reentrant else "within a checkpoint")
+
+
+class Within(nn.Module):
+    """Parameters of its own, and all the work done by a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.spare = nn.Linear(D, D), par(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.child(x)
+        return out
+
+
+def without_grad(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = m.a(x)
+    return m.b(x)  # type: ignore[no-any-return]
+
+
+def frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C))
+    return model.requires_grad_(False).append(nn.Linear(C, C))
+
+
+def modified(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    found: Tensor = m.b(h)
+    h.mul_(2)  # nobody saved it but our note
+    return found
+
+
+def forces(m: Any, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    energy = m.b(m.a(x).tanh()).sum()
+    return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def halved(model: nn.Module) -> nn.Module:
+    model.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    return model
+
+
+REASONS: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
+    "a closed form": (lambda: mlp(nn.Tanh), "0", "rule 'linear'", "rule for its class"),
+    "no rule": (lambda: nn.Sequential(nn.Linear(D, 4), nn.MaxPool1d(1), nn.Linear(4, C)), "1", "autograd's nodes",
+                "no rule for its class"),
+    "a rule for its node": (lambda: Fn(lambda m, x: m.b(x, x), b=nn.Bilinear(D, D, C)), "b",
+                            "rules 'bilinear form', 'sum' and autograd's nodes",
+                            "by its nodes TrilinearBackward0, AddBackward0; no rule for its class"),
+    "in place": (lambda: nn.Sequential(nn.Linear(D, 4), nn.ReLU(inplace=True), nn.Linear(4, C)), "1",
+                 "autograd's nodes", "an option that its rule does not cover"),
+    "pruned": (lambda: nn.Sequential(prune.identity(nn.Linear(D, C), "weight")), "0",
+               "rule 'linear map'", "by its node AddmmBackward0; its parameters are not those of its class"),
+    "its own forward": (lambda: nn.Sequential(type("Mine", (nn.Linear,), {"forward": lambda m, x: F.linear(
+                        x, m.weight, m.bias)})(D, C)), "0", "rule 'linear map'",
+                        "by its node AddmmBackward0; has a forward of its own"),
+    "modified": (lambda: Fn(modified, a=nn.Linear(D, 4), b=nn.Tanh()), "b", "autograd's nodes",
+                 "its input or weight was modified in place"),
+    "hooked": (lambda: nn.Sequential(nn.Linear(D, 4), halved(nn.Linear(4, C))), "1",
+               "rule 'linear' and autograd's nodes", "rule for its class; nodes of hooks beside it"),
+    "of weights": (lambda: Fn(lambda m, x: m.b(x.unsqueeze(1) + m.p(torch.arange(3).unsqueeze(0))).mean(1),
+                              p=nn.Embedding(3, D), b=nn.Linear(D, C)), "p", "autograd's nodes",
+                   "made of weights alone: served where it is used"),
+    "forces": (lambda: Fn(forces, a=nn.Linear(D, 4), b=nn.Linear(4, 1)), "b", "autograd's nodes",
+               "made of weights alone: served where it is used"),
+    "frozen": (frozen, "1", "none", "no graph: frozen, no grad, or its input handed on"),
+    "without grad": (lambda: Fn(without_grad, a=nn.Linear(D, D), b=nn.Linear(D, C)), "a", "none",
+                     "no graph: frozen, no grad, or its input handed on"),
+    "handed on": (lambda: nn.Sequential(nn.Identity(), nn.Linear(D, C)), "0", "none",
+                  "no graph: frozen, no grad, or its input handed on"),
+    "unused": (lambda: Fn(lambda m, x: (m.u(x), m.a(x))[1], u=nn.Linear(D, C), a=nn.Linear(D, C)), "u", "none",
+               "the loss does not depend on it"),
+    "only calls others": (lambda: nn.Sequential(Within(), nn.Linear(D, C)), "0", "none",
+                          "all of it is of layers within"),
+    "a bare parameter": (lambda: Fn(lambda m, x: x @ m.w, w=par(D, C)), "(model)", "rule 'matrix product'",
+                         "by its node MmBackward0; no rule for its class"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_every_layer_has_a_road_and_a_reason(name: str) -> None:
+    build, layer, road, why = REASONS[name]
+    model, x = build(), torch.randn(N, D)
+    for told in (explain(model, x, "grad_sample", "ggn_mp"), after(model, x, "grad_sample", "ggn_mp")):
+        by = {one.layer: one for one in told.layers}
+        assert (by[layer].road, by[layer].why) == (road, why)
+        assert all(one.why for one in told.layers)
+
+
+def test_a_layer_that_makes_a_penalty() -> None:
+    class Penalty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = par(D)
+
+        def forward(self) -> Tensor:
+            return self.w.square().sum()
+
+    model = Fn(lambda m, x: {"logits": m.a(x), "penalty": m.p()}, a=nn.Linear(D, C), p=Penalty())
+    told = explain(model, torch.randn(N, D), "grad_sample", output="logits",
+                   loss_fn=lambda out: entropy(out["logits"]) + out["penalty"])  # fmt: skip
+    assert [(one.layer, one.columns, one.why) for one in told.layers[:2]] == [
+        ("a", "V", "rule for its class"), ("p", "", "no column passes it"),
+    ]  # fmt: skip
+    assert told.to_dict()["parameters"]["p.w"]["road"] == "shared equally"
+
+
+def test_nothing_is_to_be_differentiated_below() -> None:
+    """Inputs that want a gradient: there is a graph above them, and no column of ours."""
+    (first, *_) = explain(frozen(), torch.randn(N, D, requires_grad=True), "grad_sample").layers
+    assert (first.layer, first.columns) == ("0", "")
+    assert first.why == "rule for its class; no trainable parameter in it or below"
+
+
+def test_under_autocast_and_with_several_inputs() -> None:
+    model = mlp(nn.Tanh).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        told = explain(model, torch.randn(N, D, dtype=torch.float32), "grad_sample", loss_fn=entropy)
+    assert told.layers[0].why.endswith("called with several inputs, or under autocast")
+
+
+def test_layers_of_parts_that_are_called_by_themselves() -> None:
+    model, x = nn.Sequential(nn.Linear(D, 4), nn.MaxPool1d(1), nn.Linear(4, C)), torch.randn(N, D)
+    with extend(model, "grad_sample") as ext:
+        model[2](model[:2](x)).square().sum().backward()  # model[:2] is no module of the model's
+    assert [name for name, _, _ in layers(ext.explain())] == ["0", "1", "2"]
+
+
+def test_layers_of_two_calls_of_a_model() -> None:
+    model = mlp(nn.Tanh)
+    for asked in ("grad_sample", "ggn_mp"):
+        with extend(model, asked) as ext:
+            (model(torch.randn(N, D)) + model(torch.randn(N, D))).square().sum().backward()
+        assert [name for name, _, _ in layers(ext.explain())] == 2 * [name for name, m in model.named_children()]
+
+
+def test_a_forward_that_was_interrupted_is_forgotten() -> None:
+    def stop(module: nn.Module, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, x = mlp(nn.Tanh), torch.randn(N, D)
+    wanted = layers(explain(model, x, "grad_sample"))
+    with extend(model, "grad_sample") as ext:
+        handle = list(model.children())[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        handle.remove()
+        model(x).square().sum().backward()
+    assert layers(ext.explain()) == wanted
+
+
+def test_calls_are_forgotten_with_their_graph() -> None:
+    """However long a block is open: each forward begins anew, and nothing but its graph has what was noted."""
+    model, x = mlp(nn.Tanh), torch.randn(N, D)
+    with extend(model, "grad_sample") as ext:
+        for _ in range(5):
+            with torch.no_grad():
+                model(x)
+        assert ext._service is not None
+        calls = ext._service._tape._calls
+        assert not calls.over
+        assert not calls.begun
+
+
+def test_a_compiled_model() -> None:
+    """The hooks on its layers are called uncompiled; of what was compiled before, only nodes are seen."""
+    model, x = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C)), torch.randn(N, D)
+    before = state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, of global hooks
+        told = explain(torch.compile(model, backend="eager"), x, "grad_sample")  # type: ignore[arg-type]
+        assert [name for name, _, _ in layers(told)] == ["_orig_mod.0", "_orig_mod.1", "_orig_mod.2"]
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(model, backend="eager")
+        compiled(x)
+        (between,) = explain(compiled, x, "grad_sample").layers
+    assert (between.layer, between.columns) == ("", "V")
+    assert state() == before
+    torch._dynamo.reset()
+
+
+def test_what_the_forward_raises_comes_through_and_nothing_is_left() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("broken")
+
+    model, before = nn.Sequential(nn.Linear(D, D), Fails(), nn.Linear(D, C)), state()
+    with pytest.raises(KeyError, match="broken"):
+        explain(model, torch.randn(N, D))
+    with pytest.raises(KeyError, match="broken"):
+        hookjac.check(model, torch.randn(N, D), entropy)
+    assert state() == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_no_samples_cost_no_backwards() -> None:
+    """A plain one of none has nothing to do: there is no ratio to it."""
+    told = explain(mlp(nn.Tanh), torch.zeros(0, D))
+    assert {bill.backwards for bill in told.quantities.values()} == {None}
+    assert "nan" not in str(told)
+    json.dumps(told.to_dict(), allow_nan=False)
+    assert explain(mlp(nn.Tanh), torch.zeros(1, D), "jac").quantities["jac"].backwards
 
 
 def test_what_would_be_refused_says_why() -> None:
@@ -230,6 +483,7 @@ def test_it_prints_and_shows_in_a_notebook() -> None:
         assert words in text
     assert html.count("<table>") == html.count("</table>") == 3
     assert "&#x27;linear&#x27;" in html
+    assert max(map(len, text.splitlines())) <= 100
     starts = {line.index("rule") for line in text.split("\n\n")[0].splitlines() if "rule" in line}
     assert len(starts) == 1, "columns stand below each other"
 
@@ -293,3 +547,56 @@ def test_what_depends_on_the_data_has_a_price_all_the_same() -> None:
     price = bills["grad_sample_gram"].each["e.weight"]
     assert price.flops == N * 6 * (8 + 2), "once over what was looked up, and where"
     assert price.bytes == 8 * N * N
+
+
+def test_a_bill_does_not_depend_on_who_was_billed_before() -> None:
+    """A convolution's patches, say, which the first to ask would pay for."""
+    model, x = cnn(), torch.randn(N, 3, 8, 8)
+    asked = ("grad_sample", "jac", "kfac", "grad_sq_sum")
+    together = explain(model, x, *asked).quantities
+    for q in asked:
+        for _ in range(2):
+            assert explain(model, x, q).quantities[q] == together[q]
+    for _ in range(2):
+        (q,) = after(model.eval(), x, "grad_sample").quantities.values()
+        assert q == explain(model, x, "grad_sample").quantities["grad_sample"]
+
+
+def test_a_scripted_model() -> None:
+    """Its layers call no hooks, and its buffers are kept in no dict."""
+    model = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, C)).eval()
+    x = torch.randn(N, D)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        scripted: Any = torch.jit.script(model)
+    for _ in range(3):  # the graph that it optimises is another one
+        told = explain(scripted, x, "grad_sample")
+        assert [layer.layer for layer in told.layers] == [""]
+        scripted.zero_grad()
+        with extend(scripted, "grad_sample", "ggn_diag"):
+            scripted(x).square().sum().backward()
+        with extend(model, "grad_sample", "ggn_diag"):
+            model(x).square().sum().backward()
+        for p, right in zip(scripted.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad_sample, right.grad_sample)
+            torch.testing.assert_close(p.ggn_diag, right.ggn_diag)
+
+
+def test_what_a_layer_within_returns_is_the_models_own_affair() -> None:
+    class Shy(dict[str, Tensor]):
+        def items(self) -> Any:
+            raise RuntimeError("do not look")
+
+        __iter__ = keys = values = items  # type: ignore[assignment]
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.own = nn.Linear(D, C), par(C)
+
+        def forward(self, x: Tensor) -> Shy:
+            return Shy(h=self.a(x) * self.own)
+
+    model = Fn(lambda m, x: m.inner(x)["h"], inner=Inner())
+    for told in (explain(model, torch.randn(N, D), "grad_sample"), after(model, torch.randn(N, D), "grad_sample")):
+        assert layers(told) == [("inner.a", "Linear", (N, C)), ("inner", "Inner", ())]

@@ -47,7 +47,8 @@ JUNK: list[Any] = [
     [None], ["a"], [-1], [99], [1.5], [True], [0, 0], {1, 2}, range(3), range(0), object, Odd(), none, nn.Linear,
     torch.float32, torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 3), torch.zeros(2, 2, 2, 2, 2),
     torch.full((17,), math.nan), torch.zeros(5, device="meta"), torch.zeros(3, dtype=torch.int64),
-    torch.tensor([True, False]), torch.zeros(2, dtype=torch.complex64),
+    torch.tensor([True, False]), torch.zeros(2, dtype=torch.complex64), ("",), ("a", "a"), ("a.b",), ([],), {1: 3},
+    (nn.Linear, nn.Linear), ("MulBackward0", "MulBackward0"),
 ]  # fmt: skip
 
 # What an argument accepts. Whatever else is given must be refused; what is accepted may still be refused later on, by a
@@ -174,7 +175,7 @@ def records() -> dict[str, Row]:
             "subsample": indices, "full": flag, "each": missing, "whole": flag, "instead": text, "adds": missing,
             "single": flag, "opens": or_none(our_function)}, used),
         "Adds": Row(hookjac.Adds, (), {}, {
-            "powers": lambda v: isinstance(v, tuple) and bool(v), "measure": or_none(a_function), "split": a_function,
+            "powers": nothing, "measure": or_none(a_function), "split": a_function,
             "join": a_function, "label": text}),
         "Rule": Row(hookjac.Rule, (), {"name": "mine", "modules": (nn.Linear,), "pull": none}, {
             "name": lambda v: text(v) and v != "", "modules": nothing, "pull": a_function,
@@ -285,7 +286,7 @@ def results() -> dict[str, Row]:
         "jacobian.diagonal": Row(J.diagonal, (torch.randn(N, C),), {}, {0: nothing}),
         "jacobian.variance": Row(J.variance, (torch.ones(P),), {}, {0: nothing}),
         "jacobian.split": Row(J.split, (torch.ones(2, P),), {}, {0: nothing}),
-        "Jacobian": Row(hookjac.Jacobian, (J.parts,), {}, {0: nothing}),
+        "Jacobian": Row(hookjac.Jacobian, (J.parts,), {}, {0: nothing}, names={0: "parts"}),
         "Curvature": Row(lambda plan: plan is J or hookjac.Curvature("ggn", plan, (), none), (J,), {}, {0: nothing}),
         "JacTensor": Row(hookjac.JacTensor, (p.jac.factor, p.jac.out, p.jac.dtype), {}, {
             0: nothing, 1: nothing, 2: lambda v: v is torch.float32}, names={1: "out", 2: "dtype"}),

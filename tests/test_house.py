@@ -26,13 +26,13 @@ PACKAGE = ROOT / "hookjac"
 
 # each may import only from those before it; the files of a folder share a place
 ORDER = [
-    "errors", "tables", "given", "switches", "talkers", "sharded", "memory", "gemm", "ways", "samples", "members",
-    "mended", "graph", "checkpoints", "progress", "products", "factor", "deliver", "rule", "places", "layers", "tape",
-    "apart", "watch", "described", "route", "structure", "uses", "kinks", "layouts", "loss", "plan", "gathering",
-    "handover", "operator", "kronecker", "structured", "jacobian", "quantity", "sums", "ranks", "distributed",
-    "limits", "head", "curvature", "roads", "seeds", "engine", "survey", "explanation", "passage", "reading",
-    "passing", "service", "extend", "explain", "files", "saving", "accumulate", "testing", "check", "plot", "",
-    "clients", "optim", "demo", "__main__",
+    "errors", "tables", "called", "given", "switches", "talkers", "sharded", "memory", "gemm", "ways", "samples",
+    "members", "mended", "graph", "checkpoints", "progress", "products", "factor", "deliver", "rule", "places",
+    "layers", "tape", "apart", "watch", "described", "route", "structure", "uses", "kinks", "layouts", "loss", "plan",
+    "gathering", "handover", "operator", "kronecker", "structured", "jacobian", "quantity", "sums", "ranks",
+    "distributed", "limits", "head", "curvature", "roads", "seeds", "engine", "survey", "explanation", "passage",
+    "reading", "passing", "service", "extend", "explain", "files", "saving", "accumulate", "testing", "check", "plot",
+    "", "clients", "optim", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity", "clients", "optim"]
 

@@ -18,7 +18,8 @@ from leftovers import clear, state
 from oracle import close, compare, expected, grad
 from torch import Tensor, nn
 
-from hookjac import extend
+from hookjac import KFAC, HookjacError, extend
+from hookjac.kronecker import Kronecker, KroneckerSum
 
 ODD = 1  # the sample that has it
 Y, T = torch.tensor([0, 2, 1, 2]), torch.linspace(-1, 1, N * C, dtype=torch.float64).reshape(N, C)
@@ -225,3 +226,55 @@ def test_what_is_estimated_is_not_finite_either(q: str) -> None:
             # the curvature of squares does not depend on the targets
             assert fine == finite or (place == "target" and q in ("kfac", "ggn_diag_mc")), place
             clear(model)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical", "kfra"])
+def test_eigenvalues_of_factors_that_are_not_finite(fisher: Any, value: float) -> None:
+    """They are no numbers, and neither is what is made of them; the other parameters' are. Nothing that LAPACK says."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(D, 4), nn.Sigmoid(), nn.Linear(4, C))
+    x, y = torch.randn(N, D), torch.arange(N) % C
+    x[ODD, 0] = value
+    with extend(model, KFAC(fisher=fisher)):
+        F.cross_entropy(model(x), y).backward()
+    k = model[0].weight.kfac  # type: ignore[attr-defined]
+    assert not k.A.isfinite().all()
+    eigen = k.eigen()
+    assert eigen.values.isnan().all()
+    v = torch.randn(4, D)
+    for found in (k.solve(v, 0.1), k.logdet(0.1), eigen @ v, eigen.solve(v, 0.1), eigen.diagonal()):
+        assert found.isnan().all()
+    with pytest.raises(HookjacError, match="entries that are not finite, so that it has no inverse"):
+        k.inverse(0.1)
+    with extend(model, KFAC(fisher=fisher, corrected=True)):
+        F.cross_entropy(model(x), y).backward()
+    assert model[0].weight.kfac.values.isnan().all()  # type: ignore[attr-defined]
+    if value == math.inf and fisher in ("exact", "mc"):  # the sigmoid is flat there, and the layer above unharmed
+        with extend(model, KFAC(fisher=fisher, corrected=True)):
+            F.cross_entropy(model(x), y).backward()
+        above = model[2].weight.kfac  # type: ignore[attr-defined]
+        assert above.values.isfinite().all()
+        assert above.source.A.isfinite().all()
+
+
+def test_eigenvalues_group_by_group() -> None:
+    A, B = torch.eye(3).repeat(2, 1, 1), torch.eye(2).repeat(2, 1, 1)
+    A[1, 0, 0] = math.nan
+    found = Kronecker(A, B, torch.Size([4, 3])).eigen()
+    assert torch.equal(found.values[0], torch.ones(2, 3))
+    assert found.values[1].isnan().all()
+
+
+def test_sums_of_factors_that_are_not_finite() -> None:
+    one = Kronecker(torch.eye(3), torch.eye(2), torch.Size([2, 3]))
+    bad = Kronecker(torch.diag(torch.tensor([1.0, math.nan, 1.0])), torch.eye(2), torch.Size([2, 3]))
+    v = torch.randn(2, 2, 3)
+    assert KroneckerSum((one, bad)).solve(v, 0.1).isnan().all()
+    assert KroneckerSum((one, bad)).logdet(0.1).isnan()
+    for value in (math.nan, math.inf, 1e300):  # the last cannot be squared
+        w = v.clone()
+        w[0, 0, 0] = value
+        found = KroneckerSum((one, one)).solve(w, 0.1)
+        assert found[0].isnan().all(), "its own vector has it, and no other"
+        torch.testing.assert_close(found[1], v[1] / 2.1)

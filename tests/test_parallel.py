@@ -31,6 +31,7 @@ from hookjac import (
     JacTensor,
     Kronecker,
     Quantity,
+    explain,
     extend,
     optim,
     passing,
@@ -290,9 +291,14 @@ def check_fsdp_model(rank: int, name: str, units: bool, sizes: tuple[int, ...]) 
         fully_shard(child)
     fully_shard(model)
     a, b = batch(rank, x, y, sizes)
+    told = explain(model, a, "grad_sample", "hess_diag", loss_fn=lambda out: F.cross_entropy(out, b))
+    assert all(isinstance(p, DTensor) for p in model.parameters()), "in shards again"
     with extend(model, *asked, group="world") as ext:
         F.cross_entropy(model(a), b).backward()
-    assert ext.explain().rows
+    assert ext.explain().rows == told.rows
+    assert [(c.layer, c.shape, c.road) for c in ext.explain().layers if c.layer] == [
+        (c.layer, c.shape, c.road) for c in told.layers if c.layer
+    ]
     with extend(alone, *asked):
         F.cross_entropy(alone(x), y).backward()
     for (key, p), r in zip(trainable(model).items(), alone.parameters(), strict=True):

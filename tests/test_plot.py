@@ -199,3 +199,13 @@ def test_the_page_draws_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monkey
     shown = {Path(name).name for name in re.findall(r"!\[.*?\]\((.*?)\)", page)}
     assert {f.name for f in tmp_path.iterdir()} == shown
     assert len(shown) == 5
+
+
+def test_factors_that_are_not_finite_have_no_spectrum() -> None:
+    model, x = nn.Linear(D, C), torch.randn(N, D)
+    x[0, 0] = math.nan
+    with hookjac.extend(model, "kfac"):
+        model(x).square().sum().backward()
+    with pytest.raises(HookjacError, match="kfac of 'weight' has entries that are not finite"):
+        plot.kronecker(model)
+    assert not plt.get_fignums()

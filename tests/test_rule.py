@@ -61,6 +61,17 @@ def test_a_rule_checks_itself() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             Rule(**{"name": "x", "modules": (Double,), "pull": lambda c, G: G, **bad})  # type: ignore[dict-item]
+    for params in (("",), ("weight", ""), ("child.weight",), (".",)):
+        with pytest.raises(
+            ValueError, match=r"`params` must be names of parameters of the layer itself.*child's class"
+        ):
+            Rule(name="x", modules=(Double,), pull=lambda c, G: G, params=params, factors=lambda c, G, la: {})
+    for bad, message in (
+        ({"params": ("a", "a"), "factors": lambda c, G, la: {}}, r"`params` must be different names, got \('a', 'a'\)"),
+        ({"modules": (Double, Double)}, "`modules` must be different classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Rule(**{"name": "x", "modules": (Double,), "pull": lambda c, G: G, **bad})  # type: ignore[dict-item]
     good = Rule(name="x", modules=(Double,), pull=lambda c, G: G)
     with pytest.raises(dataclasses.FrozenInstanceError):
         good.name = "y"  # type: ignore[misc]
@@ -118,9 +129,15 @@ def test_a_rule_for_a_node_checks_itself() -> None:
         NodeRule(name="x", nodes=("SinBackward0",), slots=(0,), fits=good["fits"], part=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`mixed` must be a mapping"):
         NodeRule(name="x", nodes=("SinBackward0",), slots=(0,), mixed=3, **good)  # type: ignore[arg-type]
-    for slots in ((True,), (-1,), (1, 1)):
-        with pytest.raises(ValueError, match="`slots` must be different numbers from 0 on"):
+    for slots in ((True,), (-1,)):
+        with pytest.raises(ValueError, match="`slots` must be numbers from 0 on"):
             NodeRule(name="x", nodes=("SinBackward0",), slots=slots, **good)
+    with pytest.raises(ValueError, match="`slots` must be different numbers"):
+        NodeRule(name="x", nodes=("SinBackward0",), slots=(1, 1), **good)
+    with pytest.raises(ValueError, match="`nodes` must be different type names"):
+        NodeRule(name="x", nodes=("SinBackward0", "SinBackward0"), slots=(0,), **good)
+    with pytest.raises(TypeError, match="`mixed` must have functions, or None; got 3 for input 1"):
+        NodeRule(name="x", nodes=("SinBackward0",), slots=(1,), mixed={1: 3}, **good)  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="`mixed` speaks of inputs"):
         NodeRule(name="x", nodes=("SinBackward0",), slots=(1,), mixed={"a": None, 0: None}, **good)  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="`slots` must name an input"):
