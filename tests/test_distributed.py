@@ -567,6 +567,17 @@ def check_inversions(rank: int) -> int:
         ValueError, r"expected square .* got a tensor \[2, 3\]", lambda: distributed.eigh([torch.ones(2, 3)], "world")
     )
     raised(ValueError, "got a int", lambda: distributed.inverse([3], "world"))  # type: ignore[list-item]
+    for junk in (
+        3,
+        [3],
+        [torch.ones(2, 3)],
+        [torch.eye(2, dtype=torch.int64)],
+        [torch.eye(2).to_sparse()],
+        [spd(2)] * 2,
+    ):
+        mine: Any = junk if rank == 1 else [spd(2)]  # of one rank alone: the others must not wait
+        raised(HookjacError, "disagree about the matrices", lambda mine=mine: distributed.inverse(mine, "world"))
+    assert len(distributed.eigh([spd(2)], "world")) == 1  # and the group is as good as before
     return len(calls)
 
 

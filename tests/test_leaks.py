@@ -90,27 +90,43 @@ def one_block(model: nn.Module) -> Callable[[int], None]:
     return step
 
 
-def training(model: nn.Module) -> Callable[[int], None]:
-    optimizer = optim.KFAC(model, lr=1e-3)
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "KFAC": lambda model: optim.KFAC(model, lr=1e-3),
+    "EKFAC": lambda model: optim.KFAC(model, lr=1e-3, corrected=True),
+    "DiagonalNewton": lambda model: optim.DiagonalNewton(model, lr=1e-3),
+    "GaussNewton": lambda model: optim.GaussNewton(model, lr=1e-3),
+    "NaturalGradient": lambda model: optim.NaturalGradient(
+        model, lr=1e-3, damping=1.0, least_damping=1.0
+    ),  # labels are noise
+    "DPSGD": lambda model: optim.DPSGD(model, lr=1e-3, batch_size=2),
+}
 
-    def step(k: int) -> None:
-        if k < 0:
-            return
-        x, y = batch(k)
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
+def training(make: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Callable[[int], None]]:
+    def with_it(model: nn.Module) -> Callable[[int], None]:
+        optimizer = make(model)
 
-        optimizer.step(closure)
+        def step(k: int) -> None:
+            if k < 0:
+                return
+            x, y = batch(k)
 
-    return step
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+        return step
+
+    return with_it
 
 
 WAYS: dict[str, Callable[[nn.Module], Callable[[int], None]]] = {
-    "short blocks": short_blocks, "failing blocks": failing_blocks, "one block": one_block, "training": training,
+    "short blocks": short_blocks, "failing blocks": failing_blocks, "one block": one_block,
+    **{name: training(make) for name, make in OPTIMIZERS.items()},
 }  # fmt: skip
 
 
@@ -172,8 +188,7 @@ def failing(model: nn.Module, x: Tensor, y: Tensor) -> None:
 USES: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
     **{name: by_block(name) for name in names()},
     "products and others": by_block("ggn_mp", "kfac", "grad_sample", "hess_mp", "hess_diag"),
-    **{kind.__name__: by_optimizer(kind) for kind in (optim.KFAC, optim.DiagonalNewton, optim.GaussNewton,
-                                                      optim.NaturalGradient)},
+    **{name: by_optimizer(make) for name, make in OPTIMIZERS.items()},
     "explain": lambda model, x, y: hookjac.explain(model, x, "ggn_diag", "ggn_mp"),
     "check": lambda model, x, y: hookjac.check(model, x, lambda out: F.cross_entropy(out, y), "ggn_mp"),
     "an error": failing,
