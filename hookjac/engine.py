@@ -41,6 +41,7 @@ from hookjac.quantity.record import (
 from hookjac.roads import Products
 from hookjac.route import Columns, Group, Stop, accumulate, walk
 from hookjac.seeds import Seeds
+from hookjac.streamed import Streamed
 from hookjac.structured import JacTensor
 from hookjac.uses import received
 
@@ -274,13 +275,15 @@ class Walk:
                 metric, noise = group.metric, group.noise
                 pieces.append((picked(factor), metric if metric is None or pick is None else metric[pick]))
         direct = self.direct.get(p) if isinstance(wish, (Loss, GGN, Sampled, Averaged, Diagonal, Hessian)) else None
-        product: Product | None = None
+        product: Product | Streamed | None = None
         crossed: list[tuple[Factor, Factor]] = []
         if isinstance(wish, Hessian) and seeds.roads is not None and self.products is not None:
             road = seeds.roads.road[p]
             if road == "features":
-                factor, metric = self.products.piece(p, full=q.full)
-                pieces = [(picked(factor), metric if pick is None else metric[pick])]
+                pieces, product = [], self.products.streamed(p, q.subsample, full=q.full)
+                if product is None:
+                    factor, metric = self.products.piece(p, full=q.full)
+                    pieces = [(picked(factor), metric if pick is None else metric[pick])]
             elif road == "entries":
                 pieces, product = [], self.products.product(p, q.subsample)
                 if p in plan.top.entwined:

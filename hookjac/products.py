@@ -67,8 +67,11 @@ def diagonal(head: Tensor, edge: Edge, *, step: int | None = None, tick: Tick = 
     return torch.cat(found).reshape(shape)
 
 
-def block(head: Tensor, edge: Edge, layout: Layout, *, diagonal_only: bool, tick: Tick = lambda done: None) -> Tensor:
-    """d head / d edge of each sample, [N, D, D], or its diagonal [N, D]; D products for the whole batch.
+def rows(
+    head: Tensor, edge: Edge, layout: Layout, *, tick: Tick = lambda done: None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The rows of d head / d edge of each sample, [N, D, D], a few at a time: the number of the first, the unit columns
+    [k, *edge] and what comes of them. D products for the whole batch.
 
     All samples share a product: they must not interact between this tensor and the loss.
     """
@@ -76,18 +79,27 @@ def block(head: Tensor, edge: Edge, layout: Layout, *, diagonal_only: bool, tick
     like = torch.zeros((), dtype=dtype, device=device)
     rest = layout.split(like.expand(1, *shape)).shape[2:]
     D = rest.numel()
-    if not head.requires_grad:
-        return like.expand(layout.N, D).clone() if diagonal_only else like.expand(layout.N, D, D).clone()
-    found = []
     for start, t in units(D, max(1, _CHUNK // max(1, shape.numel())), like):
         k = t.shape[0]
         tangent = layout.join(t.reshape(k, 1, *rest).expand(k, layout.N, *rest), shape)
-        rows = layout.features(gradients([head], [edge], [tangent], batched=True)[0])  # [k, N, D]
-        if diagonal_only:
-            found.append(rows[:, :, start : start + k].diagonal(dim1=0, dim2=2))  # [N, k]
-        else:
-            found.append(rows.transpose(0, 1))
+        yield start, tangent, gradients([head], [edge], [tangent], batched=True)[0]
         tick((start + k) / D)
+
+
+def block(head: Tensor, edge: Edge, layout: Layout, *, diagonal_only: bool, tick: Tick = lambda done: None) -> Tensor:
+    """d head / d edge of each sample, [N, D, D], or its diagonal [N, D]; see `rows`."""
+    shape, dtype, device = meta(edge)
+    if not head.requires_grad:
+        like = torch.zeros((), dtype=dtype, device=device)
+        D = layout.split(like.expand(1, *shape)).shape[2:].numel()
+        return like.expand(layout.N, D).clone() if diagonal_only else like.expand(layout.N, D, D).clone()
+    found = []
+    for start, _, made in rows(head, edge, layout, tick=tick):
+        some = layout.features(made)  # [k, N, D]
+        if diagonal_only:
+            found.append(some[:, :, start : start + len(some)].diagonal(dim1=0, dim2=2))  # [N, k]
+        else:
+            found.append(some.transpose(0, 1))
     return torch.cat(found, 1)
 
 

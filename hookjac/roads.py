@@ -26,13 +26,15 @@ from hookjac.factor import Factor
 from hookjac.graph import Edge, edge_of, gradients
 from hookjac.head import unit_columns
 from hookjac.plan import Plan, reachable
-from hookjac.products import Product, block, second_backward
+from hookjac.products import Product, block, rows, second_backward
 from hookjac.progress import Progress, Tick
 from hookjac.quantity.record import Road
 from hookjac.route import Columns, Group, Key, walk
+from hookjac.streamed import Pairs, Reduce, Streamed, add_up, streams
 from hookjac.uses import Use, can_mix, received, straight
 
 _STATION = 1e5  # FLOPs that the overhead of one call is worth
+_HELD = 1 << 26  # entries of a block that is held for all quantities, and not made anew for each
 PRODUCT = 4.0  # a double backward, in walks over the same stations
 
 
@@ -228,8 +230,12 @@ class _Prices:
     def product(self, p: int, road: Road) -> float:
         plan = self._plan
         if road == "features":
-            key = plan.uses.of[p][0].key
-            return features(plan.route.outs[key][0], plan.N) * PRODUCT * self._above[key]
+            key, shape = plan.uses.of[p][0].key, plan.params[p].shape
+            D = float(features(plan.route.outs[key][0], plan.N))
+            products = D * PRODUCT * self._above[key]
+            if len(shape) < 2 or shape[0] >= D:
+                return products
+            return products + 4 * plan.N * D * D * shape[1:].numel()  # several positions: all rows meet (`streamed`)
         return plan.params[p].numel() * PRODUCT * self._whole
 
 
@@ -277,6 +283,7 @@ class Products:
         self._heads: dict[Edge, Tensor] = {}
         self._blocks: dict[tuple[Edge, bool], Tensor] = {}
         self._pieces: dict[tuple[int, bool], tuple[Factor, Tensor]] = {}
+        self._sums: dict[tuple[Edge, Reduce, tuple[int, ...] | None], dict[int, Tensor]] = {}
 
     def check(self) -> None:
         """Refuse at once what a second backward of the user's graph would get wrong, or not get."""
@@ -295,6 +302,38 @@ class Products:
     def _edge(self, p: int) -> Edge:
         by_features = self._roads.road[p] == "features"
         return self._plan.route.outs[self._plan.uses.of[p][0].key][0] if by_features else edge_of(self._plan.params[p])
+
+    def streamed(self, p: int, samples: Sequence[int] | None, *, full: bool) -> Streamed | None:
+        """By features, where the block of them all would be large; None: use `piece`."""
+        plan, edge, head = self._plan, self._edge(p), self._heads[self._edge(p)]
+        D = features(edge, plan.N)
+        if plan.N * D * D <= _HELD or not head.requires_grad:
+            return None
+        one = head.new_zeros(()).expand(1, *edge.shape)
+        if not streams(self._receives(edge, one, p)[p], D, full=full):
+            return None
+        return Streamed(lambda reduce: self._sum(p, edge, reduce, samples))
+
+    def _sum(self, p: int, edge: Edge, reduce: Reduce, samples: Sequence[int] | None) -> Tensor:
+        """Layers' parameters share the products."""
+        kind = edge, reduce, None if samples is None else tuple(samples)
+        if p not in self._sums.get(kind, {}):
+            names = [self._plan.names[p]]
+            with second_backward(names), torch.enable_grad(), self._work(p) as tick:
+                self._sums[kind] = add_up(self._pairs(p, edge, tick), reduce, samples)
+        return self._sums[kind].pop(p)
+
+    def _pairs(self, p: int, edge: Edge, tick: Tick) -> Pairs:
+        served = {q for q in self._roads.going("features") if self._edge(q) == edge}
+        for _, columns, made in rows(self._heads[edge], edge, self._plan.layout[edge], tick=tick):
+            below = self._receives(edge, columns, None if len(served) > 1 else p)
+            above = self._receives(edge, made, None if len(served) > 1 else p)
+            yield {q: (below[q], above[q]) for q in served}
+
+    def _receives(self, edge: Edge, columns: Tensor, only: int | None) -> dict[int, Factor]:
+        plan = self._plan
+        with torch.no_grad():
+            return received(plan.route, plan.uses, plan.route.key(edge), columns, plan.layout[edge], only=only)
 
     def piece(self, p: int, *, full: bool) -> tuple[Factor, Tensor]:
         """By features: what unit columns of the layer's output become, and the loss's curvature there.

@@ -600,10 +600,10 @@ def records(r: Recipe) -> list[hookjac.Quantity]:
 def chunked(entries: int | None) -> Iterator[None]:
     """Temporaries of at most so many entries, so that tiny models go in several pieces, too."""
     names = ("jacobian", "factor.dense", "factor.outer", "factor.lookup", "factor.mixed", "factor.metric",
-             "factor.unfolded", "products", "engine", "loss")  # fmt: skip
+             "factor.unfolded", "factor", "streamed", "products", "roads", "engine", "loss")  # fmt: skip
     undo = []
     for module in [importlib.import_module(f"hookjac.{name}") for name in names]:
-        for attribute in ("CHUNK", "_CHUNK"):
+        for attribute in ("CHUNK", "_CHUNK", "_HELD"):
             if entries is not None and hasattr(module, attribute):
                 undo.append((module, attribute, getattr(module, attribute)))
                 setattr(module, attribute, entries)

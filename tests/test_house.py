@@ -28,11 +28,11 @@ PACKAGE = ROOT / "hookjac"
 ORDER = [
     "errors", "tables", "called", "given", "switches", "talkers", "sharded", "memory", "gemm", "ways", "samples",
     "members", "mended", "graph", "checkpoints", "progress", "products", "factor", "deliver", "rule", "places",
-    "layers", "tape", "apart", "watch", "described", "route", "structure", "uses", "kinks", "layouts", "loss", "plan",
-    "gathering", "handover", "operator", "kronecker", "structured", "jacobian", "quantity", "sums", "ranks",
-    "distributed", "limits", "head", "curvature", "roads", "seeds", "engine", "survey", "explanation", "passage",
-    "reading", "passing", "service", "extend", "explain", "files", "saving", "accumulate", "testing", "check", "plot",
-    "", "clients", "optim", "demo", "__main__",
+    "layers", "tape", "apart", "watch", "described", "route", "structure", "uses", "streamed", "kinks", "layouts",
+    "loss", "plan", "gathering", "handover", "operator", "kronecker", "structured", "jacobian", "quantity", "sums",
+    "ranks", "distributed", "limits", "head", "curvature", "roads", "seeds", "engine", "survey", "explanation",
+    "passage", "reading", "passing", "service", "extend", "explain", "files", "saving", "accumulate", "testing",
+    "check", "plot", "", "clients", "optim", "demo", "__main__",
 ]  # fmt: skip
 FOLDERS = ["factor", "layers", "quantity", "clients", "optim"]
 

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from hookjac.factor.dense import Dense
 from hookjac.factor.lookup import Lookup
-from hookjac.factor.metric import Columns, quad_block, root
+from hookjac.factor.metric import CHUNK, Columns, quad_block, root
 from hookjac.factor.mixed import Sum
 from hookjac.factor.outer import Outer
 from hookjac.factor.unfolded import Unfolded, patches
 from hookjac.memory import fresh
 
 __all__ = [
+    "CHUNK",
     "Dense",
     "Factor",
     "Lookup",
@@ -91,7 +92,11 @@ def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
         here = B.a[A.sample, 0].gather(2, A.row.view(-1, 1, 1).expand(-1, B.a.shape[2], 1))[:, :, 0]  # [M, L]
         met = torch.einsum("ml,vmli->vmi", here, B.g[:, A.sample, 0])
         return A.g.new_zeros(A.rows, A.g.shape[2]).index_add_(0, A.row, (A.g * met).sum(0)).reshape(A.param)
-    return (A.dense() * B.dense()).sum((0, 1))
+    step = max(1, CHUNK // max(1, A.V * A.param.numel()))
+    if step >= A.N:
+        return (A.dense() * B.dense()).sum((0, 1))
+    parts = [slice(n, n + step) for n in range(0, A.N, step)]
+    return torch.stack([(A.samples(n).dense() * B.samples(n).dense()).sum((0, 1)) for n in parts]).sum(0)
 
 
 def share(found: Iterable[Factor], G: Tensor) -> None:

@@ -19,6 +19,7 @@ from hookjac.errors import HookjacError
 from hookjac.factor import Factor, paired
 from hookjac.graph import saved
 from hookjac.products import Product
+from hookjac.streamed import Streamed
 
 Road = Literal["auto", "columns", "features", "entries"]  # how a Hessian is found; see `roads`
 
@@ -128,7 +129,7 @@ class Received:
     out_shape: torch.Size
     pieces: Sequence[tuple[Factor, Tensor | None]] = ()
     direct: Product | None = None
-    product: Product | None = None
+    product: Product | Streamed | None = None
     crossed: Sequence[tuple[Factor, Factor]] = ()
     times: Callable[[Tensor], Tensor] | None = None
     probed: tuple[Tensor, Tensor] | None = None
@@ -194,7 +195,7 @@ class Received:
             out = out + A.T @ B + B.T @ A
         return self._with(out, lambda product: product.matrix(), self.share)
 
-    def _with(self, out: Tensor, what: Callable[[Product], Tensor], share: float) -> Tensor:
+    def _with(self, out: Tensor, what: Callable[[Product | Streamed], Tensor], share: float) -> Tensor:
         if self.product is not None:
             out = out + what(self.product)
         return out if self.direct is None else out + what(self.direct) * share
