@@ -34,7 +34,7 @@ from hookjac.streamed import Pairs, Reduce, Streamed, add_up, streams
 from hookjac.uses import Use, can_mix, received, straight
 
 _STATION = 1e5  # FLOPs that the overhead of one call is worth
-_HELD = 1 << 26  # entries of a block that is held for all quantities, and not made anew for each
+_HELD = 1 << 22  # entries of a block that is held, for all quantities; larger ones are cheaper made anew for each
 PRODUCT = 4.0  # a double backward, in walks over the same stations
 
 
