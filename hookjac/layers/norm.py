@@ -105,7 +105,8 @@ def _few_by_few(G: Tensor, back: Callable[..., Tensor], kept: tuple[Tensor, ...]
     for v in range(0, V, step):
         g, into = G[v : v + step], out[v : v + step]
         rows = len(g) * N
-        into.copy_(back(g.reshape(rows, *g.shape[2:]), *(t[:rows] for t in kept)).view(into.shape))
+        g = g.reshape(rows, *g.shape[2:]).contiguous()  # the kernel of group norms takes other strides for these
+        into.copy_(back(g, *(t[:rows] for t in kept)).view(into.shape))
     return out
 
 
