@@ -282,9 +282,11 @@ class Head:
             if not leading.isdisjoint(below(node)):
                 leading.add(node)
         above = [Edge(node, nr) for node in leading - ends for nr in range(len(node._input_metadata))]
-        eps = torch.finfo(meta(self.edges[0])[1]).eps
-        sizes = [float(g.abs().max()) for g in gradients([self.loss], above, [None]) if g.numel()] if above else []
-        return _ROUNDINGS * eps * max(sizes, default=0.0)
+        found = gradients([self.loss], above, [None]) if above else []
+        # each in its own precision: outputs in half are mostly cast before anything cancels
+        return _ROUNDINGS * max(
+            (torch.finfo(g.dtype).eps * float(g.abs().max()) for g in found if g.numel()), default=0.0
+        )
 
     def full(self) -> Tensor:
         """[N, C, C]."""

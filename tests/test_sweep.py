@@ -63,6 +63,20 @@ WRONG = {
         C=3,
         dtype="bfloat16",
     ),
+    "a group norm's kernel was given columns whose rows do not lie one after the other": Recipe(
+        steps=(("temperature", 0), ("group norm", 0)), asked=(("grad_sample", {}), ("jac", {})), T=3
+    ),
+    "a bend downwards of a loss of bfloat16 outputs was taken for rounding": Recipe(
+        steps=(("convolution", 0), ("replicating", 0), ("softplus", 0), ("functional gelu", 0), ("circular", 0)),
+        asked=(("ggn_block", {}), ("ggn_sqrt", {})),
+        loss="similarity",
+        given="ids",
+        N=1,
+        T=2,
+        C=1,
+        dtype="bfloat16",
+        seed=13,
+    ),
     "a kernel, of which some parameters' parts are constant, was added up in place under create_graph": Recipe(
         steps=(("tanh", 0),),
         asked=(("grad_sample", {}), ("ntk", {})),

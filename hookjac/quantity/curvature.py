@@ -127,7 +127,8 @@ def GGNSqrt(
 def _root(metric: Tensor, noise: Callable[[], float]) -> Tensor:  # [N, V] or [N, V, V]
     """R of the same shape with M = Rᵀ R."""
     values, vectors = (metric, None) if metric.dim() == 2 else eigen(metric)
-    low = values.amin(1) + 1e3 * torch.finfo(values.dtype).eps * values.abs().amax(1) if metric.numel() else values
+    own, made = torch.finfo(values.dtype).eps, torch.finfo(metric.dtype).eps  # half precision is widened for LAPACK
+    low = values.amin(1) + max(1e3 * own, metric.shape[1] * made) * values.abs().amax(1) if metric.numel() else values
     if bool((low < 0).any()) and bool((low < -noise()).any()):
         raise HookjacError(
             f"the loss is not convex in the outputs (its Hessian there has an eigenvalue {values.min():.1e}),"
