@@ -64,18 +64,7 @@ WRONG = {
         dtype="bfloat16",
     ),
     "a group norm's kernel was given columns whose rows do not lie one after the other": Recipe(
-        steps=(("temperature", 0), ("group norm", 0)), asked=(("grad_sample", {}), ("jac", {})), T=3
-    ),
-    "a bend downwards of a loss of bfloat16 outputs was taken for rounding": Recipe(
-        steps=(("convolution", 0), ("replicating", 0), ("softplus", 0), ("functional gelu", 0), ("circular", 0)),
-        asked=(("ggn_block", {}), ("ggn_sqrt", {})),
-        loss="similarity",
-        given="ids",
-        N=1,
-        T=2,
-        C=1,
-        dtype="bfloat16",
-        seed=13,
+        steps=(("temperature", 0), ("group norm", 0)), asked=(("grad_sample", {}),), T=3, C=1
     ),
     "a kernel, of which some parameters' parts are constant, was added up in place under create_graph": Recipe(
         steps=(("tanh", 0),),
@@ -101,3 +90,14 @@ def test_recipes_that_were_wrong(name: str) -> None:
     came: collections.Counter[str] = collections.Counter()
     run(WRONG[name], came)
     assert came == {"equal": 1}
+
+
+def test_a_bend_downwards_is_no_rounding() -> None:
+    """Of a loss of outputs in half precision, which it casts before it bends: an error, not a root of zero."""
+    came: collections.Counter[str] = collections.Counter()
+    steps = (("convolution", 0), ("replicating", 0), ("softplus", 0), ("functional gelu", 0), ("circular", 0))
+    asked = (("ggn_sqrt", {}),)
+    run(
+        Recipe(steps=steps, asked=asked, loss="similarity", given="ids", N=1, T=2, C=1, dtype="bfloat16", seed=13), came
+    )
+    assert any("not convex" in said for said in came)
