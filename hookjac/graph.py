@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hookjac.mended import formula
-from hookjac.samples import tolerance
+from hookjac.samples import random, tolerance
 from hookjac.ways import joins, ways
 
 Node = Any  # autograd nodes have no public common type: C++ nodes and Python Functions differ
@@ -328,8 +328,10 @@ def gradients(
     else:
         try:
             found = once(cotangents, True)
-            # some kernels answer a batch wrongly (GroupNorm's second derivative, torch 2.13); their sum gives them away
-            if not _adds_up(found, once([None if c is None else c.sum(0) for c in cotangents], False)):
+            # some kernels answer a batch wrongly (GroupNorm's second derivative, torch 2.13), or in another order: a
+            # sum gives them away, if no two columns weigh the same
+            whole = once([None if c is None else (c * _weights(V, c)).sum(0) for c in cotangents], False)
+            if not _adds_up(found, whole):
                 found = looped()
         except Exception:  # an error of its own comes again from here
             found = looped()
@@ -343,11 +345,16 @@ def gradients(
     return result
 
 
+def _weights(V: int, like: Tensor) -> Tensor:  # [V, 1, ...]
+    return random((V,), 3, like.device, like.dtype).view(V, *[1] * (like.dim() - 1))
+
+
 def _adds_up(columns: list[Tensor | None], whole: list[Tensor | None]) -> bool:
-    """Is the sum of what columns became what their sum becomes? So it must be: everything here is linear in them."""
+    """Is the weighed sum of what columns became what theirs becomes? So it must be: all here is linear in them."""
     for c, w in zip(columns, whole, strict=True):
         if c is None or w is None or c.numel() == 0:
             continue
+        c = c * _weights(len(c), c)
         off, size = (c.sum(0) - w).abs(), c.abs().sum(0)
         off, size = off.nan_to_num(0, 0, 0), size.nan_to_num(0, 0, 0)
         if bool((off > tolerance(c.dtype) * size.max()).any()):

@@ -66,6 +66,14 @@ WRONG = {
     "a group norm's kernel was given columns whose rows do not lie one after the other": Recipe(
         steps=(("temperature", 0), ("group norm", 0)), asked=(("grad_sample", {}),), T=3, C=1
     ),
+    "second derivatives of a group norm, batched by PyTorch, were those of other columns": Recipe(
+        steps=(("linear", 0), ("group norm", 0)),
+        asked=(("hess_block", {"road": "entries"}), ("hess_diag", {"road": "features"})),
+        N=1,
+        T=3,
+        d=3,
+        C=1,
+    ),
     "a kernel, of which some parameters' parts are constant, was added up in place under create_graph": Recipe(
         steps=(("tanh", 0),),
         asked=(("grad_sample", {}), ("ntk", {})),
