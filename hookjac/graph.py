@@ -147,7 +147,7 @@ def fitted(grad: Tensor, shape: torch.Size, dtype: torch.dtype, lead: int) -> Te
     return grad if grad.dtype == dtype else grad.to(dtype)
 
 
-def _apply(node: Node, grads: Sequence[Tensor]) -> list[Tensor | None]:
+def _apply(node: Node, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """One call of a node: an entry for each of `next_functions`."""
     if torch.is_grad_enabled() and (own := formula(node)) is not None:
         return own(grads)
@@ -179,14 +179,20 @@ def differentiable_once(node: Node) -> bool:
     return made_by is not None and getattr(made_by.backward, "__code__", None) is _ONCE
 
 
-def fill(node: Node, grads: dict[int, Tensor], lead: tuple[int, ...]) -> list[Tensor]:
-    """Cotangents for all outputs of a node, zeros for those that nobody used."""
-    filled = []
+def fill(node: Node, grads: dict[int, Tensor], lead: tuple[int, ...]) -> list[Tensor | None]:
+    """Cotangents for all outputs of a node, zeros for those that nobody used.
+
+    None for what the node may never have made (the gradient of a scale, where only that of the data was asked for): its
+    shape is said to be (), whatever it would have been. Autograd's engine hands over nothing either.
+    """
+    filled: list[Tensor | None] = []
     for nr in range(len(node._input_metadata)):
+        shape, dtype, device = meta(Edge(node, nr))
         if nr in grads:
             filled.append(grads[nr])
+        elif not shape and callable(node):
+            filled.append(None)
         else:
-            shape, dtype, device = meta(Edge(node, nr))
             filled.append(torch.zeros(lead + tuple(shape), dtype=dtype, device=device))
     return filled
 
@@ -214,25 +220,30 @@ def pull(node: Node, grads: dict[int, Tensor], wanted: Collection[int] | None = 
     V = next(iter(grads.values())).shape[0]
     columns = fill(node, grads, (V,))
     if V == 1:
-        out = _apply(node, [c[0] for c in columns])
+        out = _apply(node, [None if c is None else c[0] for c in columns])
         found = [None if t is None else t.unsqueeze(0) for t in out]
     else:
         found = _batched(node, columns)
     return [None if t is None or edge is None else fit(t, edge, 1) for t, edge in zip(found, after, strict=True)]
 
 
-def _batched(node: Node, columns: list[Tensor]) -> list[Tensor | None]:
+def _batched(node: Node, filled: list[Tensor | None]) -> list[Tensor | None]:
     slots: list[int] = []
+    columns = [c for c in filled if c is not None]
     kept = columns if callable(node) else [c.clone() for c in columns]  # a Function may write on what it gets
     width = len(node.next_functions)
 
+    def whole(grads: Iterable[Tensor]) -> list[Tensor | None]:
+        its = iter(grads)
+        return [None if c is None else next(its) for c in filled]
+
     def call(*grads: Tensor) -> tuple[Tensor, ...]:
-        out = _apply(node, grads)
+        out = _apply(node, whole(grads))
         slots[:] = [k for k, t in enumerate(out) if t is not None]
         return tuple(out[k] for k in slots)  # type: ignore[misc]
 
     def looped() -> list[Tensor | None]:
-        rows = [_apply(node, [c[v].clone() for c in kept]) for v in range(kept[0].shape[0])]
+        rows = [_apply(node, whole(c[v].clone() for c in kept)) for v in range(kept[0].shape[0])]
         return [None if r[0] is None else torch.stack([t for t in r if t is not None]) for r in zip(*rows, strict=True)]
 
     # batched kernels take some of what a node saved (LayerNorm's statistics) for constants: their values are right,

@@ -43,6 +43,7 @@ KNOWN: dict[str, Callable[[Recipe], bool]] = {
         r.given == "tied ids" or not {"own slope", "weight again"}.isdisjoint(dict(r.steps))
     ),
     "the loss is not connected to an output": lambda r: r.output == "middle",  # which is what the model was given
+    "0 selected outputs of the model were met": lambda r: r.output == "middle",  # the same
     "it bends complex numbers": lambda r: "fourier" in dict(r.steps),
     # of one sample, what all samples share, or what nothing arrives at, looks like a sample's own
     "another form in batch": lambda r: True,

@@ -179,3 +179,31 @@ def test_gpt2_with_lora() -> None:
     ids = torch.randint(7, (N, 3))
     assert all("lora" in name for name in trainable(model))
     on_closed_forms(exact(model, lambda: model(input_ids=ids), output="logits"))
+
+
+class Forces(nn.Module):
+    """The gradient of an energy in what it is given, as physicists train it."""
+
+    def __init__(self, norm: nn.Module, *, channels: bool) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.channels = nn.Linear(3, 4), norm, nn.Linear(4, 1), channels
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, L, 3]
+        x = x.clone().requires_grad_()
+        h = self.a(x)
+        h = self.norm(h.transpose(1, 2)).transpose(1, 2) if self.channels else self.norm(h)
+        (force,) = torch.autograd.grad(self.b(h.tanh()).sum(), x, create_graph=True)
+        return force.flatten(1)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("norm", ["LayerNorm", "GroupNorm", "Softmax"])
+def test_a_gradient_that_the_model_returns(norm: str, samples: int) -> None:
+    """Of a norm's backward, only the data's part was made: what was not has no shape."""
+    norms = {"LayerNorm": lambda: nn.LayerNorm(4), "GroupNorm": lambda: nn.GroupNorm(2, 4)}
+    model = Forces(norms.get(norm, lambda: nn.Softmax(-1))(), channels=norm == "GroupNorm")
+    x, y = torch.randn(samples, 2, 3), torch.randn(samples, 6)
+    asked = ("grad_sample", "jac", "ggn_diag", "hess_diag")
+    with extend(model, *asked):
+        (model(x) - y).square().mean().backward()
+    compare(model, expected(model, lambda: model(x), lambda out: (out - y).square().mean()), asked)

@@ -68,7 +68,7 @@ WRONG = {
     ),
     "second derivatives of a group norm, batched by PyTorch, were those of other columns": Recipe(
         steps=(("linear", 0), ("group norm", 0)),
-        asked=(("hess_block", {"road": "entries"}), ("hess_diag", {"road": "features"})),
+        asked=(("hess_block", {"road": "entries"}), ("hess_diag", {"road": "entries"})),
         N=1,
         T=3,
         d=3,
