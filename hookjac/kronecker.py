@@ -25,8 +25,13 @@ def inverted(t: Tensor) -> Tensor | None:  # [n, n], [b, n, n], or a diagonal [n
     """The inverse of a positive definite matrix, by Cholesky; None where it is not."""
     if t.dim() == 1:
         return 1 / t if bool((t > 0).all()) else None
-    factor, info = torch.linalg.cholesky_ex(t)
-    return None if bool(info.any()) else torch.cholesky_inverse(factor)
+    factor, info = torch.linalg.cholesky_ex(t.to(_at_least_single(t)))
+    return None if bool(info.any()) else torch.cholesky_inverse(factor).to(t.dtype)
+
+
+def _at_least_single(t: Tensor) -> torch.dtype:
+    """What to factorise in: half precision has too few digits for it, and LAPACK does not know it."""
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def _moved(tensors: Sequence[Tensor | None], args: Any, kwargs: Any) -> list[Any]:
@@ -41,11 +46,12 @@ def _demand_weight(weight: Any) -> None:
         raise ValueError(f"weight must be a finite number, got {given.said(weight)}")
 
 
-def _logdet(values: Tensor, damping: float, of: Any) -> Tensor:
+def _logdet(values: Tensor, damping: float, of: Any, rounded: torch.dtype) -> Tensor:
+    """rounded: what the factors are in, as whose rounding a negative eigenvalue may pass."""
     given.numbers(damping=damping)
     raised = values + damping
     low, top = raised.min(), raised.abs().max()
-    if bool(low < -1e3 * torch.finfo(raised.dtype).eps * top):
+    if bool(low < -min(1e3 * torch.finfo(rounded).eps, 0.1) * top):
         raise HookjacError(
             f"{of!r:.200} has a negative eigenvalue ({low:.1e}, of a loss that is not convex): its "
             f"determinant has no logarithm. Give a larger damping than {damping}."
@@ -179,7 +185,8 @@ class Kronecker:
         """
         given.numbers(damping=damping)
         given.flag(pi=pi)
-        damped = self.damped(damping, pi=pi) if damping else self
+        wide = self.to(_at_least_single(self.B))
+        damped = wide.damped(damping, pi=pi) if damping else wide
         A, B = None if damped.A is None else inverted(damped.A), inverted(damped.B)
         if not all(bool(t.isfinite().all()) for t in (self.A, self.B) if t is not None):
             raise HookjacError(f"a factor of {self} has entries that are not finite, so that it has no inverse.")
@@ -188,13 +195,13 @@ class Kronecker:
                 f"a factor of {self} is not positive definite (singular, or of a loss that is not convex), so that "
                 f"it has no inverse. Give a larger damping than {damping}."
             )
-        return replace(damped, A=A, B=B)
+        return replace(damped, A=A, B=B).to(self.B.dtype)
 
     def _singular(self) -> bool:
         """To rounding. What is solved with such a side is rounding, divided by rounding."""
         A = self.A.unsqueeze(0) if self.A is not None and self.A.dim() == 1 else eigen(self._a)[0]
         for sizes in (A.abs(), eigen(self._b)[0].abs()):  # [b, n]
-            least = sizes.shape[1] * torch.finfo(sizes.dtype).eps
+            least = sizes.shape[1] * torch.finfo(self.B.dtype).eps
             if sizes.numel() and bool((sizes.amin(1) <= least * sizes.amax(1)).any()):
                 return True
         return False
@@ -212,7 +219,8 @@ class Kronecker:
         return self.eigen().logdet(damping)
 
     def eigen(self) -> KroneckerEigen:
-        """The same in the basis of its eigenvectors: not numbers, where a factor has entries that are not finite."""
+        """The same in the basis of its eigenvectors: not numbers, where a factor has entries that are not finite; in
+        single precision, where the factors are in half."""
         values, vectors = eigen(self._b)
         if self.A is not None and self.A.dim() == 1:
             outer = values.unsqueeze(2) * self.A
@@ -226,7 +234,8 @@ class KroneckerEigen:
     """Q diag(values) Qᵀ with Q = Q_B (x) Q_A, the eigenvectors of `source`.
 
     Q_A: [b, i, i], None where it is the identity. Q_B: [b, o, o]. values: [b, o, i]; with EKFAC they are not those of
-    `source` but the diagonal of the exact curvature in that basis (George et al. 2018).
+    `source` but the diagonal of the exact curvature in that basis (George et al. 2018). Of factors in half precision,
+    all three are in single, and so is what they are computed in; what is applied to v is in v's own.
 
     `to_dense()`, `K @ v` for v [*p] or [k, *p], `trace()`, `logdet(damping)`, `solve(v, damping)`, `diagonal()`;
     `to(device or dtype)`.
@@ -284,8 +293,8 @@ class KroneckerEigen:
         return torch.einsum("kbpj,bij->kbpi" if back else "kbpj,bji->kbpi", t, self.Q_A)
 
     def _apply(self, v: Tensor, values: Tensor) -> Tensor:
-        t = self.rotate(self.rotate(self.source._open(v)) * values, back=True)
-        return self.source._close(t, v)
+        t = self.rotate(self.source._open(v).to(values.dtype)) * values
+        return self.source._close(self.rotate(t, back=True), v).to(v.dtype)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self._apply(v, self.values)
@@ -302,7 +311,7 @@ class KroneckerEigen:
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """The logarithm of the determinant, with damping added to every eigenvalue; -inf where it is singular."""
-        return _logdet(self.values, damping, self.source)
+        return _logdet(self.values, damping, self.source, self.source.B.dtype)
 
     def trace(self) -> Tensor:
         """The sum of the eigenvalues."""
@@ -312,7 +321,7 @@ class KroneckerEigen:
         """[P, P], in the parameter's row-major order."""
         P = self.source.shape.numel()
         units = torch.eye(P, dtype=self.values.dtype, device=self.values.device)
-        return (self @ units.reshape(P, *self.source.shape)).reshape(P, P)
+        return (self.to(units.dtype) @ units.reshape(P, *self.source.shape)).reshape(P, P)
 
 
 @dataclass(frozen=True, eq=False)
@@ -360,7 +369,7 @@ class KroneckerSum:
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """The logarithm of the determinant with `damping` on the diagonal, from the [P, P] matrix: small ones only."""
-        return _logdet(eigen(self.to_dense().unsqueeze(0))[0], damping, self)
+        return _logdet(eigen(self.to_dense().unsqueeze(0))[0], damping, self, self.parts[0].B.dtype)
 
     def solve(self, v: Tensor, damping: float = 0.0, *, steps: int = 1000) -> Tensor:
         """(self + damping)⁻¹ v to rounding, by conjugate gradients. v [*p] or [k, *p].
@@ -371,6 +380,9 @@ class KroneckerSum:
         given.numbers(damping=damping)
         given.counts(1, steps=steps)
         self.parts[0]._open(v)  # refuses other shapes
+        wide = _at_least_single(v)
+        if v.dtype != wide:
+            return self.to(wide).solve(v.to(wide), damping, steps=steps).to(v.dtype)
         b = v.reshape(-1, self.shape.numel())
         x, r = torch.zeros_like(b), b.clone()
         d, size = r.clone(), r.square().sum(1)

@@ -31,7 +31,7 @@ from hookjac.quantity.record import GGN, Hessian, Loss, Output, Quantity, Sample
 from hookjac.reading import Group, Reading
 from hookjac.samples import Layout
 from hookjac.seeds import places_of, wanted_rows
-from hookjac.switches import QUIET_VMAP
+from hookjac.switches import QUIET_VMAP, uncast
 from hookjac.watch import Start
 
 Quiet = Callable[[], contextlib.AbstractContextManager[None]]
@@ -225,7 +225,7 @@ class Pass:
             reading.over = True  # first: an interrupt may leave a hook behind
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
+        with torch.no_grad(), uncast():
             reading.close()
         return answer
 
@@ -240,7 +240,7 @@ class Pass:
         found = list(torch.autograd.grad(start.tensors, targets, retain_graph=start.retain, allow_unused=True))
         for k in reversed(by_engine):
             self.sums[k] = found.pop()
-        with torch.no_grad():
+        with torch.no_grad(), uncast():
             reading = self._reading(group)
             for take, node, g in zip(passage.takes, held, found, strict=True):
                 if g is not None:

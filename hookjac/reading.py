@@ -17,6 +17,7 @@ from hookjac.factor import Factor, Outer, share, total
 from hookjac.graph import Edge, Node
 from hookjac.passage import Passage, Take
 from hookjac.quantity.record import GGN, Hessian, Quantity, Received, Sampled
+from hookjac.switches import uncast
 from hookjac.uses import down
 
 
@@ -60,10 +61,10 @@ class Reading:
             g = gradients[take.nr]
             if g is None or self.over:
                 return
-            if not torch.is_grad_enabled():
+            if not (torch.is_grad_enabled() or torch.is_autocast_enabled(g.device.type)):
                 self.meet(take, node, g.unsqueeze(0))
                 return
-            with torch.no_grad():  # a backward that makes a graph
+            with torch.no_grad(), uncast():  # a backward that makes a graph, or is surrounded by autocast
                 self.meet(take, node, g.detach().unsqueeze(0))
 
         return see

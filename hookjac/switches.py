@@ -6,9 +6,10 @@ for it would bring what it guards against, for a signal is also taken notice of 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -87,6 +88,17 @@ class Held:
     def __del__(self) -> None:
         if self._taken:
             self._switch.give(self)
+
+
+@contextlib.contextmanager
+def uncast() -> Iterator[None]:
+    """Where a backward is started under autocast: our own products are not to be rounded by it. Autograd's own
+    backward is left as it is."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _no_fallback_warnings() -> Generator[None, None, None]:

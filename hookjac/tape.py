@@ -274,7 +274,8 @@ class Tape:
         name = self.names.get(module)
         if module is self.model:
             self.around[0]()
-            self._calls.anew()
+            if not (self._calls.begun and _called_within_itself(module)):
+                self._calls.anew()
             self._forget_the_last()
             if module._forward_hooks:  # they may change the output, and run after ours: be the last of them
 
@@ -378,6 +379,15 @@ class Tape:
             mark = self._note(chosen)
             mark.selected = True
             mark.output = mark.output or "output"
+
+
+def _called_within_itself(module: nn.Module) -> bool:
+    """As trees are. What was begun and not ended may also have been interrupted: only the stack knows."""
+    calls, frame = 0, sys._getframe()
+    while (above := frame.f_back) is not None:
+        frame = above
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+    return calls > 1
 
 
 def _in_a_child() -> None:

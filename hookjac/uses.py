@@ -8,6 +8,7 @@ N samples · V columns.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -166,6 +167,8 @@ def down(chain: tuple[Edge, ...], factor: Factor) -> Factor:
             moved = factor.turned()
         elif isinstance(factor, Outer) and (place := _slice(edge)) is not None:
             moved = factor.padded(*place)
+        elif isinstance(factor, (Outer, Lookup)) and (dtype := _cast(edge)) is not None:
+            moved = factor.map(functools.partial(Tensor.to, dtype=dtype))
         if moved is not None:
             factor = moved
             continue
@@ -194,6 +197,15 @@ def _slice(edge: Edge) -> tuple[int, int, int] | None:
     else:
         return None
     return axis, before, whole[axis] - before - part[axis]
+
+
+def _cast(edge: Edge) -> torch.dtype | None:
+    """What this was cast from, if that is all that was done to it: by autocast, say."""
+    if type(edge.node).__name__ != "ToCopyBackward0":
+        return None
+    (below,) = [e for e in children(edge.node) if e is not None]
+    shape, dtype, device = meta(below)
+    return dtype if (shape, device) == (meta(edge)[0], meta(edge)[2]) and dtype.is_floating_point else None
 
 
 def turns(node: Node) -> bool:

@@ -24,7 +24,7 @@ from torch.overrides import (
 )
 
 from hookjac.errors import HookjacError
-from hookjac.switches import Switch
+from hookjac.switches import Switch, uncast
 from hookjac.talkers import SILENT
 from hookjac.tape import Tape
 
@@ -111,7 +111,7 @@ class Watch(TorchFunctionMode):
             for hooks in [p._backward_hooks for p in params if p._backward_hooks]:
                 self._silenced.append((hooks, dict(hooks)))
                 hooks.clear()
-            with SILENT.held():
+            with SILENT.held(), uncast():
                 yield
         finally:
             try:

@@ -600,3 +600,37 @@ def test_what_a_layer_within_returns_is_the_models_own_affair() -> None:
     model = Fn(lambda m, x: m.inner(x)["h"], inner=Inner())
     for told in (explain(model, torch.randn(N, D), "grad_sample"), after(model, torch.randn(N, D), "grad_sample")):
         assert layers(told) == [("inner.a", "Linear", (N, C)), ("inner", "Inner", ())]
+
+
+class Tree(nn.Module):
+    """Calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bent, self.last = nn.Conv1d(2, 2, 1), nn.Tanh(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+        h = self.bent(self.first(x))
+        return self.last(h + self(h, depth - 1) if depth else h)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_model_that_calls_itself(interrupted: bool) -> None:
+    """All of its layers are listed, in the order of the forward; also if one before was interrupted."""
+    model, x = Tree(), torch.randn(3, 2, 4)
+    wanted = ["first", "bent"] * 3 + ["last"] * 3
+    told = hookjac.explain(model, x, "grad_sample").layers
+    assert [layer.layer for layer in told if layer.layer] == wanted
+    with hookjac.extend(model, "grad_sample") as ext:
+        for step in range(3):
+            if interrupted and step == 0:
+                handle = model.last.register_forward_hook(_interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    model(x)
+                handle.remove()
+            model(x).square().sum().backward()
+            assert [layer.layer for layer in ext.explain().layers if layer.layer] == wanted
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

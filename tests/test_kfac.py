@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -628,3 +629,100 @@ def test_eigenvectors_are_looked_at_and_said() -> None:
     ):
         with pytest.raises(error, match=message):
             KroneckerEigen(*bad)  # type: ignore[arg-type]
+
+
+# Half precision ---------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.layer(self.table(ids)).tanh().mean(1), self.table.weight)
+
+
+HALVES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "positions": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3), nn.Flatten(), nn.Linear(6, 3)),
+        lambda: torch.randn(20, 2, 5),
+    ),
+    "groups": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 2, groups=2), nn.Tanh(), nn.Conv2d(4, 3, 2), nn.Flatten(), nn.Linear(12, 3)
+        ),
+        lambda: torch.randn(20, 2, 4, 4),
+    ),
+    "table": (
+        lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.Flatten(), nn.Linear(9, 3)),
+        lambda: torch.randint(7, (20, 3)),
+    ),
+    "tied": (Tied, lambda: torch.randint(7, (20, 3))),
+}
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("how", ["model", "autocast", "backward under autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision(name: str, dtype: torch.dtype, how: str, corrected: bool) -> None:
+    """Factors, what is solved with them, and square roots; against the same in float64."""
+    if name == "tied" and corrected:
+        pytest.skip("a sum has no eigenvectors of that form")
+    build, draw = HALVES[name]
+    torch.manual_seed(0)
+    right, x, y = build().to(dtype).double(), draw(), torch.randint(3, (20,))
+    model = copy.deepcopy(right).to(dtype if how == "model" else torch.float32)
+    if x.is_floating_point():
+        x = x.to(dtype).double()
+    asked = (KFAC(fisher="exact", corrected=corrected), hookjac.GGNSqrt())
+    with extend(right, *asked):
+        F.cross_entropy(right(x), y).backward()
+    mine = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
+    for _ in range(2):
+        with extend(model, *asked):
+            with torch.autocast("cpu", dtype, enabled=how != "model"):
+                loss = F.cross_entropy(model(mine), y)
+            with torch.autocast("cpu", dtype, enabled=how == "backward under autocast"):
+                loss.backward()
+    wanted = trainable(right)
+    for key, p in trainable(model).items():
+        v = torch.randn_like(p)
+        one, other = vars(p)["kfac"], vars(wanted[key])["kfac"]
+        near(one @ v, other @ v.double())
+        near(one.solve(v, 0.05), other.solve(v.double(), 0.05))
+        near(one.to_dense(), other.to_dense())
+        near(one.logdet(0.05), other.logdet(0.05))
+        assert (one @ v).dtype == one.solve(v, 0.05).dtype == p.dtype
+        if isinstance(one, Kronecker):
+            near(one.inverse(0.1) @ v, other.inverse(0.1) @ v.double())
+            near(one.eigen() @ v, other @ v.double())
+        root, wide = vars(p)["ggn_sqrt"], vars(wanted[key])["ggn_sqrt"]
+        assert root.dtype == p.dtype
+        near(root.double().square().sum((0, 1)), wide.square().sum((0, 1)))
+
+
+def near(found: Tensor, right: Tensor) -> None:
+    assert (found.double() - right).norm() <= 0.03 * right.norm()
+
+
+def test_factors_in_half_precision_are_as_singular_as_they_round() -> None:
+    s = torch.randn(6, 2)
+    singular = Kronecker(None, (s @ s.T).bfloat16(), torch.Size([6]))
+    with pytest.raises(HookjacError, match="eigenvalues of zero, to rounding"):
+        singular.solve(torch.ones(6).bfloat16())
+    with pytest.raises(HookjacError, match="not positive definite"):
+        singular.inverse()
+    assert singular.logdet(0.1).isfinite()
+
+
+def test_large_weights_under_autocast() -> None:
+    """A cast of the weight is no way without factors."""
+    model, x = nn.Sequential(nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, C)).float(), torch.randn(4, 100).float()
+    with extend(model, "kfac"):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(model(x))
+        loss.backward()
+    found = vars(model[0].weight)["kfac"]
+    assert found.A.shape == found.B.shape == (100, 100)

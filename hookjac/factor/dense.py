@@ -80,7 +80,7 @@ class Dense:
         return quad_rows(self._flat(), metric).reshape(self.N, *self.param)
 
     def mix(self, R: Tensor) -> Dense:
-        return Dense(weighed(self.t, R), fresh=True)
+        return Dense(weighed(self.t, R).to(self.t.dtype), fresh=True)
 
     def norms(self) -> Tensor:  # -> [V, N], squared
         if torch.is_grad_enabled() and self.t.requires_grad:  # a root has no derivative at zero

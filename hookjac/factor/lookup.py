@@ -96,7 +96,7 @@ class Lookup:
         return found.reshape(self.N, *self.param)
 
     def mix(self, R: Tensor) -> Lookup:
-        return replace(self, g=weighed(self.g, R[self.sample]))
+        return replace(self, g=weighed(self.g, R[self.sample]).to(self.g.dtype))
 
     def norms(self) -> Tensor:  # -> [V, N], squared
         one = self.merged()
@@ -176,7 +176,7 @@ class Lookup:
 
     def rotated(self, Q_A: Tensor | None, Q_B: Tensor) -> Lookup | Dense:
         """In another basis of rows Q_A [1, rows, rows] (None: the same) and of features Q_B [1, d, d]."""
-        turned = replace(self, g=self.g @ Q_B[0])
+        turned = replace(self, g=self.g.to(Q_B.dtype) @ Q_B[0])
         if Q_A is None:
             return turned
         return Dense(torch.einsum("vnrd,rs->vnsd", turned.dense(), Q_A[0]))

@@ -203,7 +203,7 @@ class Outer:
         return torch.cat(parts) if parts else self.a.new_zeros(0, *self.param)
 
     def mix(self, R: Tensor) -> Outer:
-        return replace(self, g=weighed(self.g, R))
+        return replace(self, g=weighed(self.g, R).to(self.g.dtype))  # products want both sides in one type
 
     def norms(self) -> Tensor:  # -> [V, N], squared
         if self.built is not None:
@@ -357,7 +357,9 @@ class Outer:
 
     def rotated(self, Q_A: Tensor | None, Q_B: Tensor) -> Outer:
         """In another basis of inputs Q_A [B, i, i] and outputs Q_B [B, o, o]."""
-        a = self.a if Q_A is None else torch.einsum("nbli,bij->nblj", self.a, Q_A)
+        a = self.a.to(Q_B.dtype)
+        if Q_A is not None:
+            a = torch.einsum("nbli,bij->nblj", a, Q_A)
         return replace(self, g=torch.einsum("vnblo,bop->vnblp", self.g.to(Q_B.dtype), Q_B), inputs=a)
 
     def of_one_position(self, G: Tensor) -> bool:

@@ -191,4 +191,5 @@ def _correct(found: Kronecker, factor: Factor, metric: Tensor | None, basis: Kro
     turned = factor.rotated(eigen.Q_A, eigen.Q_B)
     weights = torch.ones(factor.N, factor.V, dtype=eigen.values.dtype, device=eigen.values.device)
     exact = turned.quad(weights if metric is None else metric)
-    return replace(eigen, values=found._open(exact.reshape(found.shape).to(eigen.values.dtype))[0])
+    dtype = eigen.values.dtype
+    return replace(eigen, values=found.to(dtype)._open(exact.reshape(found.shape).to(dtype))[0])
