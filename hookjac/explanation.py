@@ -45,10 +45,10 @@ class Row:
 class Layer:
     """One call of a layer, in the order of the forward; or "", all autograd nodes that no layer made.
 
-    A layer is a module without children, or with parameters of its own. shape: of its output (of the first tensor in
-    it). road: the rule that serves it, or autograd's nodes, or none. why: it is that one. columns: "V" where columns of
-    all samples pass it together, "V N" where each sample's go by themselves, "" where none do. flops: of one column (of
-    all samples) through it.
+    A layer is a module without children, or with parameters of its own; those that nobody called come last. shape: of
+    its output (of the first tensor in it). road: the rule that serves it, or autograd's nodes, or none. why: it is that
+    one. columns: "V" where columns of all samples pass it together, "V N" where each sample's go by themselves, ""
+    where none do. flops: of one column (of all samples) through it.
 
     A quick step, whose columns go by what is known of the graphs of a model that was met before, looks at nodes only.
     """
@@ -208,6 +208,10 @@ def _layers(plan: Plan) -> list[Layer]:
         seen = Called(note.name, type(note.module).__name__, tuple(key.shape), _number(key), _number(key) + 1)
         layers.append(_layer(plan, seen, note.module, [key]))
         between.remove(key)
+    seen_names = {layer.layer for layer in layers}
+    for name, module in modules.items():
+        if _is_layer(module) and (name or "(model)") not in seen_names:
+            layers.append(Layer(name or "(model)", type(module).__name__, (), "none", "", 0.0, _UNSEEN))
     if between:
         nodes = f"{len(between)} autograd node{'s' if len(between) > 1 else ''}"
         layers.append(_row(plan, Called("", nodes, (), 0, 0), "made in no layer", between))
@@ -216,6 +220,7 @@ def _layers(plan: Plan) -> list[Layer]:
 
 _WITHIN = "all of it is of layers within"
 _UNREACHED = "the loss does not depend on it"
+_UNSEEN = "not called: unused, or others use its parameters, or compiled"
 _UNRECORDED = "no graph: frozen, no grad, or its input handed on"
 
 

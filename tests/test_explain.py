@@ -153,8 +153,10 @@ def test_roads_and_reasons() -> None:
     sentence, words = MODELS["sentence"]
     told = explain(sentence(), words(), "grad_sample").to_dict()
     assert "not reached" in told["parameters"]["spare.weight"]["why"]
-    assert "spare" not in {layer["layer"] for layer in told["layers"]}, "it was not called"
-    assert {layer["columns"] for layer in told["layers"]} == {"V"}
+    (spare,) = [layer for layer in told["layers"] if layer["layer"] == "spare"]
+    assert (spare["road"], spare["shape"]) == ("none", ())
+    assert "not called" in spare["why"]
+    assert {layer["columns"] for layer in told["layers"] if layer["road"] != "none"} == {"V"}
 
 
 def test_a_layer_called_twice_has_two_rows() -> None:
@@ -396,7 +398,8 @@ def test_a_compiled_model() -> None:
         torch._dynamo.reset()
         compiled: Any = torch.compile(model, backend="eager")
         compiled(x)
-        (between,) = explain(compiled, x, "grad_sample").layers
+        *unseen, between = explain(compiled, x, "grad_sample").layers
+        assert [(one.layer, one.road) for one in unseen] == [(f"_orig_mod.{k}", "none") for k in range(3)]
     assert (between.layer, between.columns) == ("", "V")
     assert state() == before
     torch._dynamo.reset()
@@ -571,7 +574,8 @@ def test_a_scripted_model() -> None:
         scripted: Any = torch.jit.script(model)
     for _ in range(3):  # the graph that it optimises is another one
         told = explain(scripted, x, "grad_sample")
-        assert [layer.layer for layer in told.layers] == [""]
+        assert [layer.layer for layer in told.layers] == ["0", "1", "2", "3", ""]
+        assert all("compiled" in layer.why for layer in told.layers[:-1])
         scripted.zero_grad()
         with extend(scripted, "grad_sample", "ggn_diag"):
             scripted(x).square().sum().backward()
