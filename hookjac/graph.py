@@ -341,7 +341,7 @@ def gradients(
             found = once(cotangents, True)
             # some kernels answer a batch wrongly (GroupNorm's second derivative, torch 2.13), or in another order: a
             # sum gives them away, if no two columns weigh the same
-            whole = once([None if c is None else (c * _weights(V, c)).sum(0) for c in cotangents], False)
+            whole = once([None if c is None else _weighed_sum(c) for c in cotangents], False)
             if not _adds_up(found, whole):
                 found = looped()
         except Exception:  # an error of its own comes again from here
@@ -356,8 +356,12 @@ def gradients(
     return result
 
 
-def _weights(V: int, like: Tensor) -> Tensor:  # [V, 1, ...]
-    return random((V,), 3, like.device, like.dtype).view(V, *[1] * (like.dim() - 1))
+def _weighed_sum(columns: Tensor, *, sizes: bool = False) -> Tensor:  # [V, *out] -> [*out]
+    """No two columns weigh the same. sizes: of their sizes, by that of their weights."""
+    weights = random((len(columns),), 3, columns.device, columns.dtype)
+    rows = columns.reshape(len(columns), -1)
+    found = weights.abs() @ rows.abs() if sizes else weights @ rows
+    return found.view(columns.shape[1:])
 
 
 def _adds_up(columns: list[Tensor | None], whole: list[Tensor | None]) -> bool:
@@ -365,8 +369,7 @@ def _adds_up(columns: list[Tensor | None], whole: list[Tensor | None]) -> bool:
     for c, w in zip(columns, whole, strict=True):
         if c is None or w is None or c.numel() == 0:
             continue
-        c = c * _weights(len(c), c)
-        off, size = (c.sum(0) - w).abs(), c.abs().sum(0)
+        off, size = (_weighed_sum(c) - w).abs(), _weighed_sum(c, sizes=True)
         off, size = off.nan_to_num(0, 0, 0), size.nan_to_num(0, 0, 0)
         if bool((off > tolerance(c.dtype) * size.max()).any()):
             return False
