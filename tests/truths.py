@@ -145,16 +145,20 @@ def pairs(truth: Truth, name: str, options: dict[str, Any], key: str, p: Any, fo
         rows = options.get("outputs") or list(range(C))
         if name == "jac":
             dense, squares = found[0].reshape(len(S), len(rows), -1), found[1].reshape(-1)
-            columns = [(k, truth.column(p, k).reshape(N, C)[S][:, rows]) for k in picks]
+            if truth.loss.dtype == torch.float64:
+                columns = [(k, truth.column(p, k).reshape(N, C)[S][:, rows]) for k in picks]
+            else:  # as a backward rounds it: a derivative of one rounds otherwise
+                J = torch.stack([grad(o, p).detach().reshape(-1) for o in truth.output.reshape(-1)])
+                columns = [(k, J[:, k].reshape(N, C)[S][:, rows]) for k in picks]
             made = [(dense[..., k], column) for k, column in columns]
             return made + [(squares[k], column.square().sum()) for k, column in columns]
         whole = found.reshape(len(S) * len(rows), -1)
         some = torch.randperm(len(S) * len(rows))[:3].tolist()
-        J = {}
+        by_row = {}
         for at in some:
             n, c = S[at // len(rows)], rows[at % len(rows)]
-            J[at] = grad(truth.output[n].reshape(-1)[c], p).reshape(-1).detach()
-        return [(whole[a, b], J[a] @ J[b]) for a in some for b in some]
+            by_row[at] = grad(truth.output[n].reshape(-1)[c], p).reshape(-1).detach()
+        return [(whole[a, b], by_row[a] @ by_row[b]) for a in some for b in some]
     if name == "ggn_diag":
         return [(found.reshape(-1)[k], truth.curved(p, k)[S].sum() + truth.penalty(p, k) * share) for k in picks]
     if name == "ggn_diag_sample":
