@@ -6,12 +6,13 @@ v there of A_v times A of the v-th row. N samples · M of them asked for · k ro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hookjac.factor import CHUNK, Dense, Factor, Outer, paired
+from hookjac.factor import Dense, Factor, Outer, paired, side_by_side
 
 Pairs = Iterator[dict[int, tuple[Factor, Factor]]]  # of each parameter, by id: A_v, and A of the v-th rows
 Reduce = Callable[[Factor, Factor], Tensor]
@@ -46,20 +47,12 @@ class Streamed:
 
 
 def each_paired(A: Factor, B: Factor) -> Tensor:  # -> [N, *p]
-    step = max(1, CHUNK // max(1, A.V * A.param.numel()))
-    parts = [slice(n, n + step) for n in range(0, A.N, step)]
-    found = [(A.samples(n).dense() * B.samples(n).dense()).sum(0) for n in parts]
-    return torch.cat(found) if found else A.tensors[0].new_zeros(0, *A.param)
+    return torch.cat([(a * b).sum(0) for a, b in side_by_side(A, B)])
 
 
 def crossed(A: Factor, B: Factor) -> Tensor:  # -> [P, P]
     P = A.param.numel()
-    total = A.tensors[0].new_zeros(P, P)
-    step = max(1, CHUNK // max(1, A.V * P))
-    for n in range(0, A.N, step):
-        some = slice(n, n + step)
-        total += A.samples(some).dense().reshape(-1, P).T @ B.samples(some).dense().reshape(-1, P)
-    return total
+    return functools.reduce(torch.add, (a.reshape(-1, P).T @ b.reshape(-1, P) for a, b in side_by_side(A, B)))
 
 
 def add_up(pairs: Pairs, reduce: Reduce, samples: Sequence[int] | None) -> dict[int, Tensor]:

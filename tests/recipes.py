@@ -600,7 +600,7 @@ def records(r: Recipe) -> list[hookjac.Quantity]:
 def chunked(entries: int | None) -> Iterator[None]:
     """Temporaries of at most so many entries, so that tiny models go in several pieces, too."""
     names = ("jacobian", "factor.dense", "factor.outer", "factor.lookup", "factor.mixed", "factor.metric",
-             "factor.unfolded", "factor", "streamed", "products", "roads", "engine", "loss")  # fmt: skip
+             "factor.unfolded", "factor", "products", "roads", "engine", "loss")  # fmt: skip
     undo = []
     for module in [importlib.import_module(f"hookjac.{name}") for name in names]:
         for attribute in ("CHUNK", "_CHUNK", "_HELD"):

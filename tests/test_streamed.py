@@ -14,7 +14,7 @@ from oracle import close
 from torch import Tensor, nn
 
 import hookjac
-from hookjac import factor, products, roads, streamed
+from hookjac import factor, products, roads
 
 
 def pictures() -> nn.Module:
@@ -55,7 +55,6 @@ def test_all_that_is_made_of_rows(monkeypatch: pytest.MonkeyPatch, net: str, chu
     monkeypatch.setattr(roads, "_HELD", 0)
     if chunk is not None:
         monkeypatch.setattr(products, "_CHUNK", chunk)
-        monkeypatch.setattr(streamed, "CHUNK", chunk)
         monkeypatch.setattr(factor, "CHUNK", chunk)
     made: list[Any] = []
     own = roads.add_up

@@ -19,7 +19,8 @@ block(metric)     [P, P]: that curvature itself
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +34,6 @@ from hookjac.factor.unfolded import Unfolded, patches
 from hookjac.memory import fresh
 
 __all__ = [
-    "CHUNK",
     "Dense",
     "Factor",
     "Lookup",
@@ -48,6 +48,7 @@ __all__ = [
     "quad_block",
     "root",
     "share",
+    "side_by_side",
     "total",
 ]
 
@@ -92,11 +93,18 @@ def paired(A: Factor, B: Factor) -> Tensor:  # -> [*p]
         here = B.a[A.sample, 0].gather(2, A.row.view(-1, 1, 1).expand(-1, B.a.shape[2], 1))[:, :, 0]  # [M, L]
         met = torch.einsum("ml,vmli->vmi", here, B.g[:, A.sample, 0])
         return A.g.new_zeros(A.rows, A.g.shape[2]).index_add_(0, A.row, (A.g * met).sum(0)).reshape(A.param)
+    return functools.reduce(torch.add, ((a * b).sum((0, 1)) for a, b in side_by_side(A, B)))
+
+
+def side_by_side(A: Factor, B: Factor) -> Iterator[tuple[Tensor, Tensor]]:  # [V, n, *p] each
+    """Both built, a few samples at a time: so many as a temporary may hold."""
     step = max(1, CHUNK // max(1, A.V * A.param.numel()))
     if step >= A.N:
-        return (A.dense() * B.dense()).sum((0, 1))
-    parts = [slice(n, n + step) for n in range(0, A.N, step)]
-    return torch.stack([(A.samples(n).dense() * B.samples(n).dense()).sum((0, 1)) for n in parts]).sum(0)
+        yield A.dense(), B.dense()
+        return
+    for n in range(0, A.N, step):
+        some = slice(n, n + step)
+        yield A.samples(some).dense(), B.samples(some).dense()
 
 
 def share(found: Iterable[Factor], G: Tensor) -> None:
