@@ -558,6 +558,8 @@ def check_inversions(rank: int) -> int:
 
     singular = [spd(3), torch.zeros(2, 2), spd(4)]
     raised(HookjacError, r"matrix 1 of 3 .*not positive definite", lambda: distributed.inverse(singular, "world"))
+    unknown = [spd(3), torch.full((2, 2), torch.nan)]
+    raised(HookjacError, "matrix 1 of 2 .*not finite", lambda: distributed.inverse(unknown, "world"))
     raised(HookjacError, "matrix 0 of 1 .*diagonal", lambda: distributed.eigh([torch.ones(3)], "world"))
     halves = [spd(3), spd(2).half()]
     raised(HookjacError, "matrix 1 of 2 .*not implemented for 'Half'", lambda: distributed.eigh(halves, "world"))
